@@ -1,0 +1,532 @@
+"""Files that verbs hand to one another: what is in them, and how they are written whole or not at all."""
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import filelock
+import pydantic
+from pydantic import Field
+
+from layerboost import __version__
+from layerboost.errors import CheckpointError, EnvironmentTrouble, LayerBoostError, PlanError, UsageError
+
+MixerName = Literal["full_attention", "sliding_attention", "no_attention"]
+
+
+class Record(pydantic.BaseModel):
+    """Unknown keys are errors, and so are numbers that are not finite."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True, validate_by_name=True
+    )
+
+
+class Artifact(Record):
+    """A record with a file of its own.
+
+    Attributes:
+        inputs: digest of everything the file was made from; a pipeline stage is current while these are.
+        provenance: versions, settings and times; informative.
+    """
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    inputs: dict[str, str] = {}
+    provenance: dict[str, Any] = {}
+
+
+class LayerPlan(Record):
+    """What one layer gets.
+
+    Attributes:
+        window: tokens a query sees, itself included; for `sliding_attention` alone.
+        reason: why, in a sentence, from the planner.
+    """
+
+    mixer: MixerName
+    window: Annotated[int, Field(ge=1, strict=True)] | None = None
+    reason: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _window_belongs_to_sliding_attention(self) -> Self:
+        if self.mixer == "sliding_attention" and self.window is None:
+            raise ValueError("window is missing; sliding_attention needs one, in tokens")
+        if self.mixer != "sliding_attention" and self.window is not None:
+            raise ValueError(f"window {self.window} has no meaning for {self.mixer}; leave it out")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.mixer if self.window is None else f"{self.mixer} {self.window}"
+
+    def entry(self) -> dict[str, Any]:
+        """The plan file's entry, without what is not set."""
+        return self.model_dump(exclude_none=True)
+
+    def alike(self, other: "LayerPlan") -> bool:
+        return (self.mixer, self.window) == (other.mixer, other.window)
+
+
+class ModelRecord(Record):
+    """Which model an artifact speaks of.
+
+    Attributes:
+        digest: sha256 over the configuration and the weights.
+        kv_shape: per layer and token, keys and values alike: heads, head size, bytes per number.
+        native_windows: per layer, the window of the original model; None is everything.
+        context: most tokens the model was made for.
+    """
+
+    name: str
+    digest: str
+    num_layers: int
+    kv_shape: "KVShape"
+    native_windows: list[int | None]
+    context: int
+
+    def kv_bytes(self, layers: list[LayerPlan], context: int) -> int:
+        """Cache bytes of one sequence of `context` tokens under a plan; a window of W holds at most W - 1 tokens."""
+        held = (context if w is None else min(context, w - 1) for w in self._attending(layers))
+        return sum(held) * self.kv_shape.bytes_per_token
+
+    def receptive_field(self, layers: list[LayerPlan]) -> int | None:
+        """Tokens the last position sees through all layers together, itself included; None is everything."""
+        windows = self._attending(layers)
+        return None if None in windows else 1 + sum(w - 1 for w in windows if w is not None)
+
+    def _attending(self, layers: list[LayerPlan]) -> list[int | None]:
+        """Windows of the layers that keep attention; None is everything."""
+        return [
+            native if plan.window is None else plan.window
+            for plan, native in zip(layers, self.native_windows, strict=True)
+            if plan.mixer != "no_attention"
+        ]
+
+
+class KVShape(Record):
+    num_key_value_heads: int
+    head_dim: int
+    bytes_per_value: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_key_value_heads * self.head_dim * self.bytes_per_value
+
+
+class Damage(Record):
+    """How much worse one metric gets: mean over sequences, 95 % bootstrap interval, and every sequence."""
+
+    mean: float
+    low: float
+    high: float
+    per_sequence: list[float] = []
+
+
+class Candidate(Record):
+    mixer: MixerName
+    window: int | None = None
+    damage: dict[str, Damage]
+
+    @property
+    def plan(self) -> LayerPlan:
+        return LayerPlan(mixer=self.mixer, window=self.window)
+
+
+class Sensitivity(Artifact):
+    """`sensitivity.json`.
+
+    Attributes:
+        layers: per layer, what was tried there instead of its attention.
+        baseline: per metric, the untouched model's own value.
+    """
+
+    model: ModelRecord
+    layers: list[list[Candidate]]
+    baseline: dict[str, Damage] = {}
+
+
+class Plan(Artifact):
+    """`plan.json`; `layers` is all that a person has to write.
+
+    Attributes:
+        predicted: what the planner expects: loss, KV share, receptive field.
+    """
+
+    layers: list[LayerPlan]
+    model: ModelRecord | None = None
+    planner: dict[str, Any] = {}
+    predicted: dict[str, Any] = {}
+
+
+class CurvePoint(Record):
+    """One look at the healing: validation metrics after some tokens."""
+
+    step: int
+    tokens: int
+    loss: float | None = None
+    kl: float
+    nll: float
+    recall: float
+
+
+class Healing(Artifact):
+    """`healing.json`, inside the healed checkpoint."""
+
+    tokens: int
+    steps: int
+    trained_parameters: int
+    curve: list[CurvePoint]
+
+
+class Estimate(Record):
+    """A mean over sequences with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+class Quality(Record):
+    """One model on the held-out data. KL is KL(base || this model), in nats per token, like the NLL."""
+
+    nll: Estimate
+    kl: Estimate
+    perplexity: float
+    recall: dict[str, Estimate]
+
+
+class Completion(Record):
+    """A greedy completion of the same prompt by both models."""
+
+    prompt: str
+    base: str
+    hybrid: str
+    same_tokens: int
+    tokens: int
+
+
+class Evaluation(Artifact):
+    """`evaluation.json`: base, converted (no healing) and healed."""
+
+    models: dict[str, Quality]
+    completions: list[Completion] = []
+
+
+class Ratio(Record):
+    """Hybrid over base, per repeat: smallest, median, largest."""
+
+    min: float
+    median: float
+    max: float
+
+
+class Bench(Artifact):
+    """`bench.json`.
+
+    Attributes:
+        settings: batch, context, tokens, repeats, threads, dtype, device.
+        seconds: per model and phase, every repeat.
+        speed: ratios of base time over hybrid time, so more is faster.
+        kv_bytes_per_token: cache bytes of one sequence of `context` tokens, divided by its tokens.
+    """
+
+    settings: dict[str, Any]
+    seconds: dict[str, dict[str, list[float]]]
+    speed: dict[str, Ratio]
+    context: int
+    kv_bytes_per_token: dict[str, float]
+    parameters: dict[str, int]
+
+
+class Result(Artifact):
+    """`result.json`: the truth about a run, of which the report is a view."""
+
+    model: dict[str, Any]
+    plan: dict[str, list[Any]]
+    quality: dict[str, dict[str, Any]]
+    cost: dict[str, Any]
+    speed: dict[str, Ratio]
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
+
+
+def full_plan(num_layers: int) -> list[LayerPlan]:
+    return [LayerPlan(mixer="full_attention")] * num_layers
+
+
+def parse_layers(raw: Any, where: str) -> list[LayerPlan]:
+    """A plan's entries, checked.
+
+    Raises:
+        PlanError: naming `where`, the layer and the key.
+    """
+    if not isinstance(raw, list):
+        raise PlanError(f"{where}: layers must be a list with one entry per layer, found {type(raw).__name__}")
+    layers = []
+    for index, entry in enumerate(raw):
+        layers.append(validate(LayerPlan, entry, f"{where}: layer {index}", PlanError))
+    return layers
+
+
+def validate(kind: type[AnyRecord], raw: Any, where: str, error: type[LayerBoostError]) -> AnyRecord:
+    """A record of this kind from plain values; what is wrong is said in one line."""
+    try:
+        return kind.model_validate(raw)
+    except pydantic.ValidationError as trouble:
+        raise error(f"{where}: {_first_trouble(kind, trouble)}") from None
+
+
+def _first_trouble(kind: type[pydantic.BaseModel], trouble: pydantic.ValidationError) -> str:
+    problems = trouble.errors(include_url=False, include_context=False)
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {place}; {hint}{more}"
+    if first["type"] == "missing":
+        return f"key {place} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = repr(first["input"])
+    found = "" if isinstance(first["input"], (dict, list, pydantic.BaseModel)) or not place else f", found {found[:80]}"
+    return f"{place}: {message}{found}{more}" if place else f"{message}{found}{more}"
+
+
+def _fields_at(kind: Any, place: tuple[int | str, ...]) -> list[str]:
+    """Keys that the record at this place of a document may have."""
+    for part in place:
+        kind = _record_in(kind)
+        if isinstance(part, str) and part in getattr(kind, "model_fields", {}):
+            kind = kind.model_fields[part].annotation
+    kind = _record_in(kind)
+    return [field.alias or name for name, field in getattr(kind, "model_fields", {}).items()]
+
+
+def _record_in(kind: Any) -> Any:
+    """The record class inside `list[X]`, `dict[str, X]` or `X | None`."""
+    while typing.get_origin(kind) is not None or isinstance(kind, types.UnionType):
+        inner = [a for a in typing.get_args(kind) if a not in (type(None), str, int)]
+        if not inner:
+            return kind
+        kind = inner[-1]
+    return kind
+
+
+def read_json(path: Path, error: type[LayerBoostError] = UsageError) -> dict[str, Any]:
+    """A JSON object from a file; anything else is an error of the given kind, in one line."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise error(f"{path} is a folder; a JSON file is needed") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as trouble:
+        raise error(f"{path} cannot be read: {trouble}") from None
+    except json.JSONDecodeError as trouble:
+        raise error(f"{path} is not JSON: line {trouble.lineno}, column {trouble.colno}: {trouble.msg}") from None
+    if not isinstance(raw, dict):
+        raise error(f"{path} must hold one JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def load(kind: type[AnyArtifact], path: Path, error: type[LayerBoostError] = PlanError) -> AnyArtifact:
+    """An artifact from its file, every key checked."""
+    raw = read_json(path, error)
+    found = raw.get("schema")
+    if found != 1 or isinstance(found, bool):
+        raise error(f"{path}: schema must be 1, found {found!r}; this is layerboost {__version__}")
+    if kind is Plan:
+        parse_layers(raw.get("layers"), str(path))  # names the layer, where the general message names a path
+    return validate(kind, raw, str(path), error)
+
+
+def to_json(artifact: Record) -> str:
+    return json.dumps(artifact.model_dump(mode="json", exclude_none=isinstance(artifact, Plan)), indent=1) + "\n"
+
+
+def save(artifact: Artifact, path: Path) -> None:
+    write_text(path, to_json(artifact))
+
+
+@contextlib.contextmanager
+def disk_trouble(path: Path) -> Iterator[None]:
+    """Say what the file system refused, and why, as a user error."""
+    try:
+        yield
+    except OSError as trouble:
+        if trouble.errno is None:
+            raise
+        advice = "free some space and run the same command again"
+        if trouble.errno not in (errno.ENOSPC, errno.EDQUOT):
+            advice = "choose a place that can be written to"
+        raise EnvironmentTrouble(f"{path} cannot be written: {trouble.strerror}; {advice}") from trouble
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with disk_trouble(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise EnvironmentTrouble(f"{path} cannot be written: it is a folder; name a file")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def publish_folder(final: Path, inputs: dict[str, str] | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the final name, with a manifest, if the block succeeds; else it goes.
+
+    A folder that stands there already is replaced if LayerBoost made it.
+
+    Raises:
+        UsageError: the name is taken by something else.
+        EnvironmentTrouble: the disk is full, or another process writes the same folder.
+    """
+    check_output_folder(final)
+    final = final.absolute()
+    partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+    with disk_trouble(final):
+        partial.mkdir(parents=True, exist_ok=True)
+        with lock(partial):
+            for leftover in partial.iterdir():
+                if leftover.name != LOCK:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            try:
+                yield partial
+                _write_manifest(partial, inputs or {})
+                if final.exists():
+                    if old.exists():
+                        shutil.rmtree(old)
+                    os.rename(final, old)
+                os.rename(partial, final)
+                (final / LOCK).unlink(missing_ok=True)
+                _sync(final.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                if old.exists() and not final.exists():
+                    os.rename(old, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output_folder(final: Path) -> None:
+    """Raises UsageError if writing this folder would overwrite something that is not LayerBoost's."""
+    if final.exists() and not (final.is_dir() and ((final / MANIFEST).is_file() or not any(final.iterdir()))):
+        raise UsageError(f"{final} exists and was not written by layerboost; name another --out, or remove it")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises EnvironmentTrouble if the disk lacks the bytes."""
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise EnvironmentTrouble(
+            f"{out} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free some space or name another "
+            "--out"
+        )
+
+
+def _write_manifest(folder: Path, inputs: dict[str, str]) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != LOCK):
+        with open(path, "rb") as file:
+            files[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+            os.fsync(file.fileno())
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "inputs": inputs, "files": files}, indent=1) + "\n")
+    for path in [p for p in folder.rglob("*") if p.is_dir()]:
+        _sync(path)
+
+
+def intact(folder: Path, *, deep: bool = False) -> bool:
+    """Whether a published folder is as it was written: every file there with its size, and if `deep` its sha256."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        for name, record in files.items():
+            path = folder / name
+            if path.stat().st_size != record["bytes"]:
+                return False
+            if deep and file_digest(path) != record["sha256"]:
+                return False
+    except (UsageError, OSError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def recorded_inputs(path: Path) -> dict[str, str] | None:
+    """What a file or folder was made from; None if it is missing or not intact."""
+    if path.is_dir() and not intact(path):
+        return None
+    try:
+        inputs = read_json(path / MANIFEST if path.is_dir() else path).get("inputs")
+    except UsageError:
+        return None
+    return inputs if isinstance(inputs, dict) else None
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One writer per folder. The operating system lets go of the lock when its owner dies, however it dies."""
+    with disk_trouble(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = filelock.FileLock(folder / LOCK)
+        try:
+            holder.acquire(timeout=0)
+        except filelock.Timeout:
+            raise EnvironmentTrouble(
+                f"{folder} is being written by another layerboost process; wait for it, or name another --out"
+            ) from None
+    try:
+        yield
+    finally:
+        holder.release()
+
+
+def file_digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as trouble:
+        raise CheckpointError(f"{path} cannot be read: {trouble.strerror}") from None
+
+
+def text_digest(value: Any) -> str:
+    """sha256 over a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

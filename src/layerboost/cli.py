@@ -1,0 +1,351 @@
+"""The command line: one command per verb. Results go to stdout and files, progress and troubles to stderr."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from layerboost import __version__
+from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError
+from layerboost.progress import say
+
+app = typer.Typer(
+    help="Make a pretrained LLM faster: keep softmax attention where it matters, window or remove it elsewhere, heal.",
+    epilog="Exit codes: 0 done, 2 usage, 3 checkpoint, 4 plan, 5 data, 6 environment, 7 training, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the original model.", metavar="MODEL")]
+HybridArgument = Annotated[str, typer.Argument(help="Folder of a hybrid checkpoint.", metavar="HYBRID")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value; docs list them.", metavar="[KEY=VALUE]...")
+]
+Against = Annotated[str, typer.Option(help="The original model.", metavar="MODEL")]
+OutFile = Annotated[Path, typer.Option(help="File to write.")]
+OutFolder = Annotated[Path, typer.Option(help="Folder to write.")]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose troubles are one line and a documented exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except LayerBoostError as trouble:
+            say(f"error: {trouble}")
+            raise typer.Exit(trouble.exit_code) from None
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on from here")
+            raise typer.Exit(INTERRUPTED) from None
+        except (MemoryError, RuntimeError) as trouble:
+            if not _out_of_memory(trouble):
+                raise
+            first = str(trouble).partition("\n")[0][:200]
+            say(f"error: out of memory ({first}); use shorter sequences, a smaller batch or a smaller model")
+            raise typer.Exit(EnvironmentTrouble.exit_code) from None
+
+    return app.command()(wrapped)
+
+
+def _out_of_memory(trouble: BaseException) -> bool:
+    return (
+        isinstance(trouble, MemoryError) or "out of memory" in str(trouble) or "can't allocate memory" in str(trouble)
+    )
+
+
+def _quiet() -> None:
+    """transformers' own bars and hints would stand between our lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@verb
+def analyze(model: ModelArgument, out: OutFile, settings: Settings = None) -> None:
+    """Measure the damage of removing or windowing each layer's attention."""
+    _quiet()
+    from layerboost import analyze as analyze_verb
+    from layerboost.recipe import configured
+
+    found = analyze_verb.run(model, configured(analyze_verb.Config, settings or []), out=out)
+    labels = sorted({c.plan.label: None for layer in found.layers for c in layer})
+    table = Table("layer", *[f"{label}\ntext / recall KL" for label in labels])
+    for index, layer in enumerate(found.layers):
+        cells = {c.plan.label: f"{c.damage['text_kl'].mean:.3f} / {c.damage['recall_kl'].mean:.3f}" for c in layer}
+        table.add_row(str(index), *[cells.get(label, "") for label in labels])
+    _print(table)
+
+
+@verb
+def plan(
+    sensitivity: Annotated[Path, typer.Argument(help="sensitivity.json, from analyze.", metavar="SENSITIVITY")],
+    out: OutFile,
+    settings: Settings = None,
+    planner: Annotated[str | None, typer.Option(help="budget (default), or tiers: the paper's rule.")] = None,
+    kv_reduction: Annotated[float | None, typer.Option(help="Share of the KV cache to save, 0 to 1.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Most predicted loss, nats per token.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence that the KV cache is counted for.")] = None,
+) -> None:
+    """Choose a mixer for every layer."""
+    from layerboost import plan as plan_verb
+    from layerboost.recipe import configured
+
+    flags = {"planner": planner, "kv_reduction": kv_reduction, "max_loss": max_loss, "context": context}
+    given = {key: value for key, value in flags.items() if value is not None}
+    found = plan_verb.run(sensitivity, configured(plan_verb.Config, settings or [], given), out=out)
+    table = Table("layer", "mixer", "why")
+    for index, layer in enumerate(found.layers):
+        table.add_row(str(index), layer.label, layer.reason)
+    _print(table)
+    say(f"predicted: {json.dumps(found.predicted)}")
+
+
+@verb
+def convert(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="plan.json.", metavar="PLAN")],
+    out: OutFolder,
+) -> None:
+    """Apply a plan to the weights."""
+    _quiet()
+    from layerboost import convert as convert_verb
+
+    say(f"wrote {convert_verb.run(model, plan, out=out)}")
+
+
+@verb
+def heal(
+    hybrid: HybridArgument,
+    out: OutFolder,
+    teacher: Annotated[str, typer.Option(help="The original model.", metavar="MODEL")],
+    settings: Settings = None,
+    tokens: Annotated[str | None, typer.Option(help="Training tokens, such as 200k or 10M.")] = None,
+) -> None:
+    """Distil the original model into the hybrid."""
+    _quiet()
+    from layerboost import heal as heal_verb
+    from layerboost.recipe import configured
+
+    given = {} if tokens is None else {"tokens": tokens}
+    found = heal_verb.run(hybrid, teacher, configured(heal_verb.Config, settings or [], given), out=out)
+    first, last = found.curve[0], found.curve[-1]
+    say(f"validation KL {first.kl:.3f} -> {last.kl:.3f}, recall {first.recall:.3f} -> {last.recall:.3f}; wrote {out}")
+
+
+@verb
+def evaluate(hybrid: HybridArgument, against: Against, out: OutFile, settings: Settings = None) -> None:
+    """Compare base, converted and healed on held-out data."""
+    _quiet()
+    from layerboost import evaluate as evaluate_verb
+    from layerboost.recipe import configured
+
+    found = evaluate_verb.run(hybrid, against, configured(evaluate_verb.Config, settings or []), out=out)
+    _print(_quality_table(found))
+
+
+@verb
+def bench(hybrid: HybridArgument, against: Against, out: OutFile, settings: Settings = None) -> None:
+    """Measure speed and KV cache against the original."""
+    _quiet()
+    from layerboost import bench as bench_verb
+    from layerboost.recipe import configured
+
+    found = bench_verb.run(hybrid, against, configured(bench_verb.Config, settings or []), out=out)
+    _print(_cost_table(found))
+
+
+@verb
+def run(
+    model: ModelArgument,
+    out: OutFolder,
+    settings: Settings = None,
+    recipe: Annotated[str | None, typer.Option(help="YAML file, or the name of a shipped recipe.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with estimates.")] = False,
+) -> None:
+    """Do all of it, resumably, and write a report."""
+    _quiet()
+    from layerboost.recipe import load_recipe
+
+    chosen = load_recipe(recipe, settings or [])
+    if dry_run:
+        _dry_run(model, chosen, out)
+    else:
+        _run(model, chosen, out)
+
+
+@verb
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with estimates.")] = False,
+) -> None:
+    """Run everything on the small model that comes with LayerBoost; no download."""
+    _quiet()
+    from layerboost.recipe import load_recipe
+
+    chosen = load_recipe("demo", settings or [])
+    if dry_run:
+        _dry_run("reference", chosen, out)
+    else:
+        _run("reference", chosen, out)
+
+
+@verb
+def report(run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]) -> None:
+    """Write the run's report again."""
+    from layerboost import report as report_verb
+
+    say(f"wrote {report_verb.run(run)}")
+
+
+@verb
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", metavar="PATH")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what a checkpoint is, in one screen."""
+    from layerboost import inspect as inspect_verb
+
+    facts = inspect_verb.run(path)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    kv, origin = facts["kv_bytes"], facts["provenance"].get("base", {})
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{facts['name']} ({facts['model_type']}{'' if facts['hybrid'] else ', not a hybrid'})")
+    table.add_row("digest", facts["digest"][:16])
+    if origin:
+        healing = facts["provenance"].get("healing")
+        table.add_row("made from", f"{origin['name']}, digest {origin['digest'][:16]}")
+        table.add_row("healed", f"{healing['tokens']:,} tokens" if healing else "no")
+    table.add_row("parameters", f"{facts['parameters']:,}")
+    table.add_row("layers", _layer_runs(facts["layers"]))
+    share = f", {kv['hybrid'] / kv['base']:.0%} of the original" if facts["hybrid"] and kv["base"] else ""
+    table.add_row("KV cache", f"{kv['hybrid']:,} bytes at {kv['context']:,} tokens{share}")
+    reach = facts["receptive_field"]
+    table.add_row("looks back", "everything" if reach is None else f"{reach:,} tokens, through all layers together")
+    table.add_row("files", {None: "no manifest", True: "intact", False: "NOT as they were written"}[facts["intact"]])
+    _print(table)
+
+
+def _layer_runs(layers: list[dict[str, Any]]) -> str:
+    """`0-1 sliding_attention 64 · 2 full_attention`."""
+    labels = [" ".join(str(layer[key]) for key in ("mixer", "window") if key in layer) for layer in layers]
+    runs: list[tuple[int, int, str]] = []
+    for index, label in enumerate(labels):
+        if runs and runs[-1][2] == label:
+            runs[-1] = (runs[-1][0], index, label)
+        else:
+            runs.append((index, index, label))
+    return " · ".join(f"{first if first == last else f'{first}-{last}'} {label}" for first, last, label in runs)
+
+
+def _run(model: str, recipe: Any, out: Path) -> None:
+    from layerboost import pipeline
+    from layerboost.artifacts import Bench, Evaluation, load
+
+    pipeline.run(model, recipe, out=out)
+    _print(_quality_table(load(Evaluation, out / "evaluation.json")))
+    _print(_cost_table(load(Bench, out / "bench.json")))
+    typer.echo(f"report: {out / 'report.html'}")
+    typer.echo(f"hybrid: {out / 'healed'}")
+
+
+def _dry_run(model: str, recipe: Any, out: Path) -> None:
+    from layerboost.estimate import estimate, measure_speed
+    from layerboost.model.loading import find_config, pick_device
+
+    config = find_config(model)
+    found = estimate(config, recipe, measure_speed(pick_device(recipe.device), config.hidden_size))
+    table = Table("stage", "writes", "about")
+    for stage, path in (
+        ("analyze", "sensitivity.json"), ("plan", "plan.json"), ("convert", "hybrid/"), ("heal", "healed/"),
+        ("evaluate", "evaluation.json"), ("bench", "bench.json"),
+    ):  # fmt: skip
+        table.add_row(stage, str(out / path), _duration(found.seconds.get(stage, 0.0)))
+    table.add_row("report", str(out / "report.html"), _duration(0.0))
+    _print(table)
+    typer.echo(
+        f"{found.parameters:,} parameters; about {found.memory_bytes / 1e9:.1f} GB of memory and "
+        f"{found.disk_bytes / 1e6:,.0f} MB of disk; times are rough. Nothing was done."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+def _quality_table(evaluation: Any) -> Table:
+    table = Table("held-out quality", *evaluation.models, title_justify="left")
+    models = evaluation.models.values()
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells)
+
+    row("KL to the base, nats/token", *[_interval(m.kl) for m in models])
+    row("NLL, nats/token", *[_interval(m.nll) for m in models])
+    row("perplexity", *[f"{m.perplexity:.2f}" for m in models])
+    for probe, found in evaluation.models["base"].recall.items():
+        name = f"recall {probe}, % of {found.count}" if probe != "mean" else "recall mean, %"
+        row(name, *[_interval(m.recall[probe], 100, 1) for m in models])
+    return table
+
+
+def _cost_table(bench: Any) -> Table:
+    table = Table("cost", "base", "healed", "ratio (min to max)")
+    kv = bench.kv_bytes_per_token
+    less = f"{kv['healed'] / kv['base']:.2f}" if kv["base"] else ""
+    table.add_row(f"KV bytes per token at {bench.context}", f"{kv['base']:,.0f}", f"{kv['healed']:,.0f}", less)
+    for phase in ("decode", "prefill"):
+        seconds = [
+            sorted(bench.seconds[name][phase])[len(bench.seconds[name][phase]) // 2] for name in ("base", "healed")
+        ]
+        found = bench.speed[phase]
+        cells = [f"{value:.3f}" for value in seconds]
+        table.add_row(f"{phase}, seconds", *cells, f"{found.median:.2f}x ({found.min:.2f} to {found.max:.2f})")
+    table.add_row("parameters", *[f"{bench.parameters[name]:,}" for name in ("base", "healed")], "")
+    return table
+
+
+def _interval(found: Any, factor: float = 1, digits: int = 3) -> str:
+    mean, low, high = (f"{factor * value:.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high})"
+
+
+def _print(table: Table) -> None:
+    # a pipe has no width: keep whole cells there
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=140)).print(table)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"layerboost {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Everything a user can be told, one class per kind of trouble, each with its exit code.
+
+    LayerBoostError                 1
+    ├── UsageError                  2   a flag, recipe key or value that is not allowed
+    ├── CheckpointError             3   a model that cannot be read, or read faithfully
+    ├── PlanError                   4   a plan or sensitivity that does not fit, or a budget that cannot be met
+    ├── DataError                   5   too little data, or data that cannot be read
+    ├── EnvironmentTrouble          6   disk full, folder locked, a missing package
+    └── TrainingError               7   a loss or weight that is not finite
+                                  130   interrupted; the same command goes on
+
+A message says what, the rule, what was found and what to do.
+"""
+
+
+class LayerBoostError(Exception):
+    exit_code = 1
+
+
+class UsageError(LayerBoostError, ValueError):
+    exit_code = 2
+
+
+class CheckpointError(LayerBoostError, ValueError):
+    exit_code = 3
+
+
+class PlanError(LayerBoostError, ValueError):
+    exit_code = 4
+
+
+class DataError(LayerBoostError, ValueError):
+    exit_code = 5
+
+
+class EnvironmentTrouble(LayerBoostError, RuntimeError):
+    exit_code = 6
+
+
+class TrainingError(LayerBoostError, RuntimeError):
+    exit_code = 7
+
+
+INTERRUPTED = 130

@@ -1,0 +1,183 @@
+"""evaluate: how close are the converted and the healed hybrid to the original, on data that nothing else has seen?"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from layerboost.artifacts import Completion, Evaluation, Quality, Record, save, text_digest
+from layerboost.data.corpus import open_corpus
+from layerboost.data.probes import PROBES
+from layerboost.data.samples import TEXT, probe_lengths, samples
+from layerboost.data.sequences import Sequences
+from layerboost.errors import CheckpointError
+from layerboost.model.loading import (
+    digest,
+    find_model,
+    is_hybrid,
+    load_model,
+    load_original,
+    load_tokenizer,
+    pick_device,
+    plan_of,
+    read_config,
+    tokenizer_digest,
+)
+from layerboost.progress import Advance, progress
+from layerboost.provenance import provenance
+from layerboost.scoring import (
+    batch_rows,
+    estimate,
+    final_hidden,
+    log_probabilities,
+    scored_hidden,
+    scored_targets,
+    token_scores,
+)
+
+
+class Config(Record):
+    """What `evaluate` is told.
+
+    Attributes:
+        texts, answers: held-out sequences of text, and of each recall probe.
+        length: tokens per sequence.
+        distance: fewest tokens between an answer and its source; None is half the length.
+        completions: prompts of held-out text that base and hybrid complete greedily.
+        new_tokens: length of a completion.
+        text: a file or folder of UTF-8 text instead of the built-in corpus.
+    """
+
+    texts: int = Field(64, ge=2)
+    answers: int = Field(200, ge=2)
+    length: int = Field(256, ge=64)
+    distance: int | None = Field(None, ge=1)
+    completions: int = Field(4, ge=0)
+    new_tokens: int = Field(32, ge=1)
+    text: Path | None = None
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def inputs(hybrid: Path, against: Path, config: Config) -> dict[str, str]:
+    """Digests of all that decides what comes out."""
+    return {
+        "hybrid": digest(hybrid),
+        "model": digest(against),
+        "tokenizer": tokenizer_digest(against),
+        "text": open_corpus(config.text).digest,
+        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+    }
+
+
+def run(
+    hybrid: str | Path, against: str | Path, config: Config | None = None, *, out: Path | None = None
+) -> Evaluation:
+    """Compare a hybrid with its original, and with the original under the hybrid's plan, which is it without healing.
+
+    Raises:
+        CheckpointError: a model cannot be read, or the two do not belong together.
+        DataError: too little held-out text.
+    """
+    config = config or Config()
+    hybrid_folder, folder = find_model(hybrid), find_model(against)
+    layers = plan_of(read_config(hybrid_folder), hybrid_folder)
+    base_config = read_config(folder)
+    if is_hybrid(base_config):
+        raise CheckpointError(f"{folder} is a hybrid; name the original model with --against")
+    device = pick_device(config.device)
+    dtype = torch.float32 if device == "cpu" else None
+    healed = load_model(hybrid_folder, dtype=dtype, device=device)
+    base = load_model(folder, dtype=dtype, device=device)
+    _check_pair(healed, base, hybrid_folder, folder)
+    converted = load_original(folder, dtype=dtype, device=device)
+    converted.convert(layers)
+    windows = [plan.window for plan in layers if plan.window is not None]
+    length, distance = probe_lengths(config.length, config.distance, windows, base_config.max_position_embeddings)
+    tokenizer, corpus = load_tokenizer(folder), open_corpus(config.text)
+    data = samples(
+        corpus, tokenizer, base_config.vocab_size, split="held_out", texts=config.texts, answers=config.answers,
+        length=length, distance=distance, seed=config.seed,
+    )  # fmt: skip
+    students = {"base": base, "converted": converted, "healed": healed}
+    rows = batch_rows(length, base_config.vocab_size, base_config.hidden_size, 1)
+    with progress("evaluate", 3 * sum(-(-len(sequences) // rows) for sequences in data.values())) as advance:
+        quality = measure(base, students, data, rows, advance)
+    evaluation = Evaluation(
+        models=quality,
+        completions=_completions(base, healed, data[TEXT], tokenizer, config),
+        inputs=inputs(hybrid_folder, folder, config),
+        provenance=provenance(
+            config, length=length, distance=distance, corpus=corpus.name, corpus_digest=corpus.digest, split="held_out",
+            sequences={kind: len(sequences) for kind, sequences in data.items()},
+        ),
+    )  # fmt: skip
+    if out is not None:
+        save(evaluation, out)
+    return evaluation
+
+
+def _check_pair(hybrid: Any, base: Any, hybrid_folder: Path, folder: Path) -> None:
+    for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        ours, theirs = getattr(hybrid.config, key), getattr(base.config, key)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{hybrid_folder} has {key} {ours}, {folder} has {theirs}; name the model the hybrid was made from"
+            )
+
+
+def measure(
+    base: Any, students: dict[str, Any], data: dict[str, Sequences], rows: int, advance: Advance
+) -> dict[str, Quality]:
+    """Quality of every student against the base model, over the same sequences."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in students}
+    for kind, sequences in data.items():
+        for batch in sequences.batches(rows):
+            scored, targets = batch.scored.to(base.device), scored_targets(batch).to(base.device)
+            with torch.no_grad():
+                teacher = log_probabilities(scored_hidden(final_hidden(base, batch.tokens), scored), base.lm_head)
+            for name, student in students.items():
+                hidden = scored_hidden(final_hidden(student, batch.tokens), scored)
+                scores = token_scores(hidden, student.lm_head, teacher, targets).per_sequence(scored)
+                for metric, values in scores.items():
+                    found[name].setdefault(f"{kind}.{metric}", []).append(values)
+                advance()
+    return {name: _quality({key: np.concatenate(p) for key, p in parts.items()}) for name, parts in found.items()}
+
+
+def _quality(values: dict[str, np.ndarray]) -> Quality:
+    for name, part in values.items():
+        if not np.isfinite(part).all():
+            raise CheckpointError(f"a model computes values that are not finite ({name}); check its weights")
+    recall = {probe: estimate(values[f"{probe}.hit"]) for probe in PROBES}
+    # probes have equally many answers, so the mean over probes is the mean over the rows of all of them together
+    recall["mean"] = estimate(np.stack([values[f"{probe}.hit"] for probe in PROBES]).mean(0))
+    nll = estimate(values[f"{TEXT}.nll"])
+    return Quality(nll=nll, kl=estimate(values[f"{TEXT}.kl"]), perplexity=float(np.exp(nll.mean)), recall=recall)
+
+
+@torch.no_grad()
+def _completions(base: Any, hybrid: Any, text: Sequences, tokenizer: Any, config: Config) -> list[Completion]:
+    """Greedy completions of the beginnings of held-out text, of both models."""
+    prompt_length = text.tokens.shape[1] // 2
+    found = []
+    for row in text[: config.completions].tokens[:, :prompt_length]:
+        written = [_greedy(model, row[None], config.new_tokens) for model in (base, hybrid)]
+        same = next((i for i, (a, b) in enumerate(zip(*written, strict=False)) if a != b), min(map(len, written)))
+        found.append(
+            Completion(
+                prompt=tokenizer.decode(row[-48:]), base=tokenizer.decode(written[0]),
+                hybrid=tokenizer.decode(written[1]), same_tokens=same, tokens=max(map(len, written)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[int]:
+    written = model.generate(
+        input_ids=prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device), do_sample=False,
+        max_new_tokens=new_tokens, pad_token_id=0, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return written[0, prompt.shape[1] :].tolist()

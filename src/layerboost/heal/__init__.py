@@ -1,0 +1,187 @@
+"""heal: distil the original model into the hybrid, with LoRA, in the memory of one model."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from safetensors import safe_open
+
+from layerboost.artifacts import Healing, LayerPlan, Record, check_output_folder, lock, text_digest, to_json
+from layerboost.data.corpus import open_corpus
+from layerboost.data.samples import probe_lengths, samples, training_rows
+from layerboost.errors import CheckpointError, DataError
+from layerboost.heal.trainer import Healer, cast_weights, default_learning_rate, train
+from layerboost.model.hybrid import Hybrid
+from layerboost.model.loading import (
+    describe,
+    digest,
+    find_model,
+    load_original,
+    load_tokenizer,
+    pick_device,
+    plan_of,
+    read_config,
+    tokenizer_digest,
+    weight_files,
+)
+from layerboost.model.saving import save_hybrid
+from layerboost.progress import say
+from layerboost.provenance import base_provenance, provenance
+
+
+def token_count(value: Any) -> Any:
+    """`200k` and `10M` as people write them."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "").replace(",", "")
+        factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
+        try:
+            return round(float(text.rstrip("kKmMbB") if factor > 1 else text) * factor)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{value!r} is not a number of tokens; write 200000, 200k or 10M") from None
+    return value
+
+
+class Config(Record):
+    """What `heal` is told.
+
+    Attributes:
+        tokens: training tokens in all; `200k` and `10M` are understood.
+        length: tokens per training sequence, at most the model's context.
+        batch: sequences per step.
+        rank: of the LoRA adapters, on every linear of the decoder layers that is left.
+        learning_rate: peak; None is 0.5 / hidden size.
+        hidden_weight: of the hidden-state loss beside the KL.
+        probe_share: share of the sequences that are recall probes.
+        texts, answers: validation sequences of text, and of each probe.
+        text: a file or folder of UTF-8 text instead of the built-in corpus.
+    """
+
+    tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
+    length: int = Field(512, ge=64)
+    batch: int = Field(4, ge=1)
+    rank: int = Field(32, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    hidden_weight: float = Field(5.0, ge=0)
+    probe_share: float = Field(0.4, ge=0, le=1)
+    texts: int = Field(16, ge=2)
+    answers: int = Field(32, ge=2)
+    text: Path | None = None
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
+    """Digests of all that decides what comes out."""
+    return {
+        "hybrid": digest(hybrid),
+        "model": digest(teacher),
+        "tokenizer": tokenizer_digest(teacher),
+        "text": open_corpus(config.text).digest,
+        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+    }
+
+
+def run(
+    hybrid: str | Path,
+    teacher: str | Path,
+    config: Config | None = None,
+    *,
+    out: Path,
+    steps_folder: Path | None = None,
+) -> Healing:
+    """Heal a converted hybrid and write the merged result to `out`. The same call after a kill goes on where it was.
+
+    Args:
+        hybrid: what `convert` wrote.
+        teacher: the original model it was converted from.
+        steps_folder: where states to go on from are kept meanwhile; beside `out` by default.
+
+    Raises:
+        CheckpointError: a model cannot be read, or the hybrid was not converted from this teacher.
+        DataError: too little data.
+        TrainingError: loss or weights are not finite; nothing is published.
+        KeyboardInterrupt: SIGINT or SIGTERM; the state is saved.
+    """
+    config = config or Config()
+    check_output_folder(out)
+    student_folder, folder = find_model(hybrid), find_model(teacher)
+    student_config, base_config = read_config(student_folder), read_config(folder)
+    layers = plan_of(student_config, student_folder)
+    model = load_original(folder)
+    check_same_weights(student_folder, layers, model, folder)
+    dtype = model.dtype
+    device = pick_device(config.device)
+    if device == "cpu":
+        cast_weights(model, torch.float32)
+    model = model.to(device)
+    made_from = inputs(student_folder, folder, config)
+    steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
+    with lock(steps_folder):
+        rows, validation = _data(model, load_tokenizer(folder), layers, config)
+        healer = Healer(model, layers, config)
+        steps, curve = train(healer, rows, validation, steps_folder, made_from)
+        trained = sum(p.numel() for p in healer.parameters.values())
+        healing = Healing(
+            tokens=rows.tokens.numel(),
+            steps=steps,
+            trained_parameters=trained,
+            curve=curve,
+            inputs=made_from,
+            provenance=provenance(
+                config, learning_rate=config.learning_rate or default_learning_rate(base_config.hidden_size)
+            ),
+        )
+        healed = healer.merged(dtype).cpu()
+        origin = base_provenance(describe(teacher, folder, base_config))
+        healed.convert(layers, origin | {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}})
+        what = f"converted, and healed with {healing.tokens:,} tokens of distillation"
+        save_hybrid(
+            healed, out, original=folder, inputs=made_from, what=what, extra_files={"healing.json": to_json(healing)}
+        )
+    shutil.rmtree(steps_folder, ignore_errors=True)
+    best = min(point.kl for point in curve)
+    if curve[-1].kl > 1.1 * best:
+        say(
+            f"validation KL ends at {curve[-1].kl:.3f}, it was {best:.3f} on the way: fewer tokens, a lower "
+            "learning_rate or more text may do better"
+        )
+    return healing
+
+
+def check_same_weights(hybrid: Path, layers: list[LayerPlan], original: Hybrid, source: Path) -> None:
+    """Raises CheckpointError unless the hybrid's tensors are the original's, as `convert` leaves them."""
+    if len(layers) != len(original.decoder_layers):
+        raise CheckpointError(
+            f"{hybrid} has {len(layers)} layers, its teacher {source} has {len(original.decoder_layers)}; name the "
+            "model it was converted from"
+        )
+    state = original.state_dict()
+    for path in weight_files(hybrid):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a mapping
+                if name not in state or not torch.equal(file.get_tensor(name), state[name]):
+                    raise CheckpointError(
+                        f"{hybrid}: tensor {name} is not that of the teacher {source}; name the model it was "
+                        "converted from, and a hybrid that is not healed yet"
+                    )
+
+
+def _data(model: Hybrid, tokenizer: Any, layers: list[LayerPlan], config: Config) -> Any:
+    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
+    length = min(config.length, context)
+    rows = config.tokens // length
+    if not rows:
+        raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")
+    corpus = open_corpus(config.text)
+    training = training_rows(
+        corpus, tokenizer, vocabulary, rows=rows, length=length, probe_share=config.probe_share, seed=config.seed
+    )
+    windows = [plan.window for plan in layers if plan.window is not None]
+    probe_length, distance = probe_lengths(min(256, length), None, windows, context)
+    validation = samples(
+        corpus, tokenizer, vocabulary, split="validation", texts=config.texts, answers=config.answers,
+        length=probe_length, distance=distance, seed=config.seed,
+    )  # fmt: skip
+    return training, validation

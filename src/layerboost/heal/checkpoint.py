@@ -1,0 +1,75 @@
+"""What a killed healing goes on from: adapter, optimiser and curve after some step, exact to the bit."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from layerboost.artifacts import intact, publish_folder, read_json, recorded_inputs
+from layerboost.errors import EnvironmentTrouble, UsageError
+
+_KEPT = 2
+_NAME = re.compile(r"step-(\d{6,})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_step(
+    folder: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    """Publish `step-NNNNNN` and drop all but the newest two."""
+    with publish_folder(folder / f"step-{step:06}", inputs) as partial:
+        moments = {
+            f"{moment}.{name}": optimizer.state[tensor][moment]
+            for name, tensor in parameters.items()
+            for moment in _MOMENTS
+        }
+        try:
+            save_file(
+                {name: t.detach().contiguous() for name, t in parameters.items()}, partial / "adapter.safetensors"
+            )
+            save_file(moments, partial / "optimizer.safetensors")
+        except SafetensorError as trouble:
+            raise EnvironmentTrouble(f"{folder} cannot be written: {trouble}; free some space and run again") from None
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    for _, old in steps(folder)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """Published steps, oldest first."""
+    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def load_newest(
+    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, inputs: dict[str, str]
+) -> dict[str, Any] | None:
+    """Load the newest step that is intact and was made from the same inputs; None if there is none."""
+    for step, path in reversed(steps(folder)):
+        if recorded_inputs(path) != inputs or not intact(path, deep=True):
+            continue
+        try:
+            adapter, moments = (load_file(path / f"{name}.safetensors") for name in ("adapter", "optimizer"))
+            state = read_json(path / "state.json")
+        except (SafetensorError, OSError, UsageError):
+            continue
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                tensor.copy_(adapter[name])
+                optimizer.state[tensor] = {
+                    "step": torch.tensor(float(step)),
+                    **{moment: moments[f"{moment}.{name}"].to(tensor.device) for moment in _MOMENTS},
+                }
+        return state
+    return None

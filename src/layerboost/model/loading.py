@@ -1,0 +1,260 @@
+"""The one place where checkpoints are read. Nothing is unpickled, and no code that comes with a checkpoint is run."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from layerboost.artifacts import KVShape, LayerPlan, ModelRecord, full_plan, parse_layers, read_json
+from layerboost.errors import CheckpointError
+from layerboost.model.config import (
+    PREFIX,
+    base_config_class,
+    config_class,
+    family_of,
+    hybrid_config,
+    native_windows,
+)
+from layerboost.model.hybrid import Hybrid, model_class
+
+REFERENCE = "reference"  # what the shipped model is called where a model is asked for
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder of a model: a local one, a download of a hub id, or under `reference` the one that is shipped.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if name == REFERENCE:
+        return Path(str(resources.files("layerboost") / "reference"))
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; name the folder of a checkpoint, or a hub id")
+    return _download(name, _WANTED)
+
+
+def find_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a model, without fetching its weights."""
+    if Path(source).expanduser().exists() or str(source) == REFERENCE:
+        return read_config(find_model(source))
+    return read_config(_download(str(source), ["config.json"]))
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    path = Path(name)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or not name:
+        raise CheckpointError(f"{name} does not exist; name the folder of a checkpoint, or a hub id like owner/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as trouble:
+        raise CheckpointError(f"{name} is neither a local folder nor a model on the hub: {_line(trouble)}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as trouble:
+        raise CheckpointError(
+            f"{name} is not a local folder, and the hub cannot be asked for it: {_line(trouble)}"
+        ) from None
+    except Exception as trouble:  # the hub's http client raises errors of its own when there is no network
+        if not type(trouble).__module__.startswith(("httpx", "httpcore")):
+            raise
+        raise CheckpointError(
+            f"{name} is not a local folder, and the hub cannot be reached: {_line(trouble)}"
+        ) from None
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a base model or a hybrid.
+
+    Raises:
+        CheckpointError: missing, damaged, of a family that is not supported, or quantised.
+    """
+    raw = read_json(folder / "config.json", CheckpointError)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: key model_type is missing; this is not a model's configuration"
+        )
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{folder}: quantised checkpoints are not supported; start from the original weights")
+    family = model_type.removeprefix(PREFIX)
+    made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
+    try:
+        config = made.from_dict(raw)
+        if not (config.num_hidden_layers >= 1 and config.vocab_size >= 1 and config.hidden_size >= 1):
+            raise ValueError("num_hidden_layers, vocab_size and hidden_size must be at least 1")
+    except Exception as trouble:  # configuration classes raise whatever a wrong value runs into
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a valid {model_type} configuration: {_line(trouble)}"
+        ) from None
+    return config
+
+
+def is_hybrid(config: PreTrainedConfig) -> bool:
+    return bool(config.model_type.startswith(PREFIX))
+
+
+def plan_of(config: PreTrainedConfig, folder: Path) -> list[LayerPlan]:
+    """The plan of a hybrid's configuration; raises CheckpointError for a base model."""
+    if not is_hybrid(config):
+        raise CheckpointError(f"{folder} is a {config.model_type} model, not a hybrid; convert it first")
+    spec = getattr(config, "layerboost", None)
+    return parse_layers(spec.get("layers") if isinstance(spec, dict) else None, f"{folder / 'config.json'}: layerboost")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each with a header that can be read.
+
+    Raises:
+        CheckpointError: none, a shard missing, a truncated file, or pickled weights alone.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index, CheckpointError).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: key weight_map must map tensor names to files")
+        files = [folder / name for name in sorted(set(shards.values()))]
+        if any(Path(name).name != name for name in shards.values()):
+            raise CheckpointError(f"{index}: a shard lies outside the folder; that is not allowed")
+    else:
+        files = [folder / "model.safetensors"]
+    for path in files:
+        if not path.exists():
+            if [p for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]:
+                raise CheckpointError(
+                    f"{folder} holds pickled weights only, which are never opened because they can run code; save the "
+                    "model as safetensors first"
+                )
+            raise CheckpointError(f"{folder}: weights are missing: {path.name} does not exist")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as trouble:
+            raise CheckpointError(f"{path} is damaged or truncated ({_line(trouble)}); fetch it again") from None
+    return files
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the configuration and the weights: what makes a model this model."""
+    total = hashlib.sha256(json.dumps(read_json(folder / "config.json", CheckpointError), sort_keys=True).encode())
+    for path in weight_files(folder):
+        found = path.stat()
+        total.update(_weights_digest(path, found.st_size, found.st_mtime_ns))
+    return total.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _weights_digest(path: Path, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> ModelRecord:
+    name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = config.dtype or torch.float32
+    return ModelRecord(
+        name=name,
+        digest=digest(folder),
+        num_layers=config.num_hidden_layers,
+        kv_shape=KVShape(
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            bytes_per_value=(getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize,
+        ),
+        native_windows=native_windows(config),
+        context=config.max_position_embeddings,
+    )
+
+
+def load_original(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Hybrid:
+    """A base model as a hybrid that keeps everything: bit-equal to the original, and its mixers can be changed.
+
+    Args:
+        dtype: of the weights in memory; None is the checkpoint's own.
+
+    Raises:
+        CheckpointError: not a whole, finite checkpoint of a supported family, or a hybrid already.
+    """
+    config = read_config(folder)
+    if is_hybrid(config):
+        raise CheckpointError(f"{folder} is a hybrid already; name the original model")
+    wanted = hybrid_config(config, full_plan(config.num_hidden_layers))
+    return _load(model_class(family_of(config)), wanted, folder, dtype, device)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A model as it is: a hybrid under its own plan, anything else through transformers' own class."""
+    config = read_config(folder)
+    family = family_of(config)
+    if is_hybrid(config):
+        return _load(model_class(family), config, folder, dtype, device)
+    return _load(MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family)], config, folder, dtype, device)
+
+
+def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, device: str) -> Any:
+    weight_files(folder)
+    try:
+        model = kind.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+        )
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as trouble:
+        raise CheckpointError(f"{folder} cannot be loaded as {config.model_type}: {_line(trouble)}") from None
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: tensor {name} holds values that are not finite; fetch the model again")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises CheckpointError if the folder has no tokenizer that can be read without running code from it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as trouble:  # tokenizers raise bare exceptions on damaged files
+        raise CheckpointError(f"{folder} has no tokenizer that can be read: {_line(trouble)}") from None
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 over the tokenizer's files."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if is_tokenizer_file(p)):
+        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    known = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", "spiece")
+    return (
+        path.is_file()
+        and path.name.startswith(known)
+        and path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
+    )
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the accelerator if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _line(trouble: Exception) -> str:
+    lines = [line for line in str(trouble).splitlines() if line.strip()]
+    return (lines[0] if lines else type(trouble).__name__).strip()[:300]
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

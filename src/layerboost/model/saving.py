@@ -1,0 +1,92 @@
+"""How a hybrid is written: whole, with its tokenizer byte for byte, and read back before it gets its name."""
+
+import shutil
+from pathlib import Path
+
+import jinja2
+import torch
+from safetensors import SafetensorError
+
+from layerboost.artifacts import LayerPlan, check_space, publish_folder
+from layerboost.errors import CheckpointError, EnvironmentTrouble, TrainingError
+from layerboost.model.hybrid import Hybrid
+from layerboost.model.loading import is_tokenizer_file, load_model
+
+_CARD = jinja2.Template(
+    """---
+library_name: transformers
+tags: [layerboost, hybrid-attention]
+---
+# {{ name }}
+
+A hybrid made by [LayerBoost](https://arxiv.org/abs/2604.22050) from `{{ base }}`: {{ what }}.
+
+```python
+import layerboost
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+| layer | mixer | why |
+|---|---|---|
+{%- for plan in layers %}
+| {{ loop.index0 }} | {{ plan.label }} | {{ plan.reason or "" }} |
+{%- endfor %}
+"""
+)
+
+
+def save_hybrid(
+    model: Hybrid,
+    out: Path,
+    *,
+    original: Path,
+    inputs: dict[str, str],
+    what: str,
+    extra_files: dict[str, str] | None = None,
+) -> None:
+    """Publish a hybrid checkpoint.
+
+    Args:
+        original: folder of the base model, whose tokenizer goes along.
+        what: half a sentence for the model card.
+        extra_files: text files that go into the folder, by name.
+
+    Raises:
+        TrainingError: a weight is not finite; nothing is published.
+        CheckpointError: what was written does not read back to the same logits; nothing is published.
+        EnvironmentTrouble: not enough disk.
+    """
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(f"tensor {name} holds values that are not finite; {out} was not written")
+    check_space(out, sum(p.numel() * p.element_size() for p in model.parameters()))
+    with publish_folder(out, inputs) as folder:
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as trouble:
+            raise EnvironmentTrouble(
+                f"{out} cannot be written: {trouble}; free some space and run the same command again"
+            ) from None
+        for path in original.iterdir():
+            if is_tokenizer_file(path) or path.name == "generation_config.json":
+                shutil.copyfile(path, folder / path.name)
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        base = model.config.layerboost["provenance"].get("base", {}).get("name", "a base model")
+        (folder / "README.md").write_text(_card(out.name, base, what, model.plan), encoding="utf-8")
+        _read_back(model, folder)
+
+
+def _card(name: str, base: str, what: str, layers: list[LayerPlan]) -> str:
+    return _CARD.render(name=name, base=base, what=what, layers=layers)
+
+
+@torch.no_grad()
+def _read_back(model: Hybrid, folder: Path) -> None:
+    length = min(32, model.config.max_position_embeddings)
+    tokens = torch.arange(length)[None] * 7 % model.config.vocab_size
+    again = load_model(folder)
+    if not torch.equal(model(tokens.to(model.device)).logits.cpu(), again(tokens).logits):
+        raise CheckpointError(f"{folder}: the checkpoint does not read back to the same logits; nothing was published")

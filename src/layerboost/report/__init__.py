@@ -1,0 +1,80 @@
+"""report: one self-contained HTML file, a view of what a run's artifacts say."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from layerboost.artifacts import (
+    Bench,
+    Estimate,
+    Evaluation,
+    Healing,
+    Plan,
+    Ratio,
+    Result,
+    Sensitivity,
+    load,
+    write_text,
+)
+from layerboost.errors import UsageError
+from layerboost.report.figures import healing_figure, sensitivity_figure
+
+_PARTS: dict[str, Any] = {
+    "result": (Result, "result.json"),
+    "sensitivity": (Sensitivity, "sensitivity.json"),
+    "plan": (Plan, "plan.json"),
+    "healing": (Healing, "healed/healing.json"),
+    "evaluation": (Evaluation, "evaluation.json"),
+    "bench": (Bench, "bench.json"),
+}
+
+
+def run(folder: Path, *, out: Path | None = None) -> Path:
+    """Write `report.html` of a run folder, and return its path.
+
+    Raises:
+        UsageError: the folder is not that of a finished run.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name the run folder that `layerboost run` wrote")
+    missing = [name for _, name in _PARTS.values() if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} is not a finished run: {missing[0]} is missing; finish it with `layerboost run`")
+    parts = {name: load(kind, folder / file, UsageError) for name, (kind, file) in _PARTS.items()}
+    path = out or folder / "report.html"
+    write_text(path, render(**parts))
+    return path
+
+
+def render(
+    result: Result, sensitivity: Sensitivity, plan: Plan, healing: Healing, evaluation: Evaluation, bench: Bench
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("layerboost.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"interval": interval, "ratio": ratio, "bytes": readable_bytes}
+    return environment.get_template("report.html.jinja").render(
+        result=result, sensitivity=sensitivity, plan=plan, healing=healing, evaluation=evaluation, bench=bench,
+        sensitivity_svg=sensitivity_figure(sensitivity), healing_svg=healing_figure(healing),
+    )  # fmt: skip
+
+
+def interval(found: Estimate, digits: int = 3, percent: bool = False) -> str:
+    """`0.123 (0.118 to 0.129)`."""
+    factor, digits, unit = (100, 1, " %") if percent else (1, digits, "")
+    mean, low, high = (f"{factor * value:.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{mean}{unit} ({low} to {high})"
+
+
+def ratio(found: Ratio) -> str:
+    return f"{found.median:.2f}x ({found.min:.2f} to {found.max:.2f})"
+
+
+def readable_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1_000:
+            return f"{count:,.0f} {unit}"
+        count /= 1_000
+    return f"{count:,.1f} GB"

@@ -1,0 +1,107 @@
+"""The report's figures, as SVG that is part of the page."""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from layerboost.artifacts import Healing, Sensitivity
+
+_COLOURS = ("#b4534b", "#d99a3d", "#4f8f8b", "#7b6fb0", "#8a8a8a")
+_STYLE = {
+    "svg.hashsalt": "layerboost",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+}
+
+
+def sensitivity_figure(sensitivity: Sensitivity) -> str:
+    """Damage per layer and mixer, text above recall, with intervals."""
+    labels = sorted(
+        {candidate.plan.label for layer in sensitivity.layers for candidate in layer},
+        key=lambda label: (not label.startswith("no_"), len(label), label),
+    )
+    layers = np.arange(len(sensitivity.layers))
+    width = 0.8 / max(1, len(labels))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(7.0, 0.32 * len(layers) * max(1, len(labels)) / 2), 4.6), layout="constrained")
+        for axes, (metric, title) in zip(
+            figure.subplots(2, 1, sharex=True),
+            (("text_kl", "Text: KL, nats per token"), ("recall_kl", "Recall answers: KL, nats per token")),
+            strict=True,
+        ):
+            for n, label in enumerate(labels):
+                _bars(
+                    axes,
+                    sensitivity,
+                    metric,
+                    label,
+                    layers + (n - (len(labels) - 1) / 2) * width,
+                    width,
+                    _COLOURS[n % 5],
+                )
+            axes.set_title(title)
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.set_xlabel("layer")
+        axes.set_xticks(layers)
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper right", ncols=min(4, len(labels)), frameon=False
+        )
+        return _svg(figure, "Damage per layer and mixer")
+
+
+def _bars(
+    axes: Any, sensitivity: Sensitivity, metric: str, label: str, places: np.ndarray, width: float, colour: str
+) -> None:
+    found = [
+        next((c.damage[metric] for c in layer if c.plan.label == label and metric in c.damage), None)
+        for layer in sensitivity.layers
+    ]
+    mean = np.array([0.0 if damage is None else max(damage.mean, 0.0) for damage in found])
+    low = np.array([0.0 if damage is None else max(damage.low, 0.0) for damage in found])
+    high = np.array([0.0 if damage is None else max(damage.high, 0.0) for damage in found])
+    errors = np.clip(np.stack([mean - low, high - mean]), 0, None)
+    axes.bar(
+        places, mean, width, yerr=errors, color=colour, label=label, error_kw={"elinewidth": 0.8, "ecolor": "#444"}
+    )
+
+
+def healing_figure(healing: Healing) -> str:
+    """Validation KL and recall over healed tokens."""
+    tokens = [point.tokens for point in healing.curve]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 2.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(tokens, [point.kl for point in healing.curve], marker="o", ms=3, color="#2f5d8a")
+        left.set_title("Validation KL, nats per token")
+        left.set_ylim(bottom=0)
+        right.plot(tokens, [100 * point.recall for point in healing.curve], marker="o", ms=3, color="#4f8f8b")
+        right.set_title("Validation recall, %")
+        right.set_ylim(0, 102)
+        for axes in (left, right):
+            axes.set_xlabel("tokens")
+            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        return _svg(figure, "Healing curve")
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The drawing alone, with a title for screen readers and no date, so that equal data gives an equal page."""
+    FigureCanvasSVG(figure)
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None, "Title": title})
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*"', r'<svg role="img" \1', re.sub(r'height="[\d.]+pt" ', "", svg, count=1), count=1
+    )

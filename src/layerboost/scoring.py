@@ -1,0 +1,104 @@
+"""How far a student is from its teacher, per token and per sequence, with honest intervals.
+
+N sequences, T tokens each, K scored tokens, E hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layerboost.artifacts import Estimate
+from layerboost.data.sequences import Sequences
+
+CHUNK_ELEMENTS = 2**25  # logits worked on at once: 128 MiB in float32
+_RESAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per scored token, `[K]`: NLL in nats, whether it is the likeliest, and KL(teacher || student) in nats."""
+
+    nll: Tensor
+    hit: Tensor
+    kl: Tensor
+
+    def per_sequence(self, scored: Tensor) -> dict[str, np.ndarray]:
+        """Means over each sequence's scored tokens, `[N]`, for `scored` of shape `[N, T]`."""
+        rows = scored[:, 1:].nonzero()[:, 0]
+        count = torch.bincount(rows, minlength=scored.shape[0]).clamp(min=1)
+        return {
+            name: (
+                torch.zeros(scored.shape[0], dtype=torch.float64).index_add_(0, rows, values.cpu().double()) / count
+            ).numpy()
+            for name, values in (("nll", self.nll), ("hit", self.hit), ("kl", self.kl))
+        }
+
+
+def batch_rows(length: int, vocabulary: int, hidden: int, layers: int) -> int:
+    """Sequences per batch, so that logits and captured hidden states stay near half a gigabyte each."""
+    return max(1, min(2**27 // (length * vocabulary), 2**27 // (length * hidden * layers), 8_192 // length))
+
+
+def scored_hidden(hidden: Tensor, scored: Tensor) -> Tensor:
+    """`[N, T, E]` final hidden states to `[K, E]`: those that predict a scored token."""
+    return hidden[:, :-1][scored[:, 1:]]
+
+
+def scored_targets(batch: Sequences) -> Tensor:
+    """`[K]` token ids that count."""
+    return batch.tokens[:, 1:][batch.scored[:, 1:]]
+
+
+def log_probabilities(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """`[K, E]` to `[K, V]` float32."""
+    return head(hidden).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, head: Callable[[Tensor], Tensor], teacher: Tensor, targets: Tensor) -> TokenScores:
+    """Compare a student with its teacher.
+
+    Args:
+        hidden: `[K, E]`, the student's.
+        head: the student's, to logits.
+        teacher: `[K, V]` log-probabilities.
+        targets: `[K]` token ids.
+    """
+    rows = max(1, CHUNK_ELEMENTS // teacher.shape[-1])
+    parts = []
+    for start in range(0, len(targets), rows):
+        span = slice(start, start + rows)
+        student, expected, target = log_probabilities(hidden[span], head), teacher[span], targets[span]
+        parts.append(
+            (
+                F.nll_loss(student, target, reduction="none"),
+                (student.argmax(-1) == target).float(),
+                kl_divergence(expected, student),
+            )
+        )
+    nll, hit, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenScores(nll, hit, kl)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, `[K, V]` log-probabilities each to `[K]`."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """Mean over sequences with a 95 % percentile bootstrap interval; the same for the same values."""
+    values = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high), count=len(values))
+
+
+@torch.no_grad()
+def final_hidden(model: Any, tokens: Tensor) -> Tensor:
+    """`[N, T]` to `[N, T, E]`, normed and ready for the head."""
+    return model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
