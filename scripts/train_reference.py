@@ -250,9 +250,11 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = now.matrix_lr * rate
         logits, target, row = predict(model, batch, args.device)
         loss = F.cross_entropy(logits.float(), target, reduction="none")
+        # a row with few questions still counts: its tokens weigh one over the root of their number
+        weight = torch.bincount(row, minlength=rows).float().rsqrt()[row]
         for optimizer in (muon, adam):
             optimizer.zero_grad()
-        loss.mean().backward()
+        ((loss * weight).sum() / weight.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (muon, adam):
             optimizer.step()

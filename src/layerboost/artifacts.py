@@ -76,6 +76,16 @@ class LayerPlan(Record):
         return (self.mixer, self.window) == (other.mixer, other.window)
 
 
+class KVShape(Record):
+    num_key_value_heads: int
+    head_dim: int
+    bytes_per_value: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_key_value_heads * self.head_dim * self.bytes_per_value
+
+
 class ModelRecord(Record):
     """Which model an artifact speaks of.
 
@@ -89,7 +99,7 @@ class ModelRecord(Record):
     name: str
     digest: str
     num_layers: int
-    kv_shape: "KVShape"
+    kv_shape: KVShape
     native_windows: list[int | None]
     context: int
 
@@ -110,16 +120,6 @@ class ModelRecord(Record):
             for plan, native in zip(layers, self.native_windows, strict=True)
             if plan.mixer != "no_attention"
         ]
-
-
-class KVShape(Record):
-    num_key_value_heads: int
-    head_dim: int
-    bytes_per_value: int
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.num_key_value_heads * self.head_dim * self.bytes_per_value
 
 
 class Damage(Record):
@@ -290,7 +290,8 @@ def validate(kind: type[AnyRecord], raw: Any, where: str, error: type[LayerBoost
 
 def _first_trouble(kind: type[pydantic.BaseModel], trouble: pydantic.ValidationError) -> str:
     problems = trouble.errors(include_url=False, include_context=False)
-    first = problems[0]
+    # a misspelt key is missing as well: the spelling is the better hint
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":

@@ -97,8 +97,8 @@ class ProbeMaker:
         return tokens, scored
 
     def needle(self, length: int, distance: int | None) -> Row:
-        queries = 1 if distance is not None else max(1, length // 16)
-        needles = NEEDLES if distance is not None else int(self.rng.integers(1, queries + 1))
+        queries = 1 if distance is not None else int(self.rng.integers(1, length // 16 + 1))
+        needles = NEEDLES if distance is not None else int(self.rng.integers(1, max(NEEDLES, queries) + 1))
         start = int(self.rng.integers(0, len(self.text) - length + 1))
         hay = self.text[start : start + length - 4 * (needles + queries)]
         unused = np.setdiff1d(self.words, hay, assume_unique=False)

@@ -37,7 +37,7 @@ def token_count(value: Any) -> Any:
         text = value.strip().replace("_", "").replace(",", "")
         factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
         try:
-            return round(float(text.rstrip("kKmMbB") if factor > 1 else text) * factor)
+            return round(float(text[:-1] if factor > 1 else text) * factor)
         except (ValueError, OverflowError):
             raise ValueError(f"{value!r} is not a number of tokens; write 200000, 200k or 10M") from None
     return value
@@ -122,9 +122,11 @@ def run(
         rows, validation = _data(model, load_tokenizer(folder), layers, config)
         healer = Healer(model, layers, config)
         steps, curve = train(healer, rows, validation, steps_folder, made_from)
+        if not healer.changes:
+            say("the plan keeps every attention, so there is nothing to heal")
         trained = sum(p.numel() for p in healer.parameters.values())
         healing = Healing(
-            tokens=rows.tokens.numel(),
+            tokens=rows.tokens.numel() if steps else 0,
             steps=steps,
             trained_parameters=trained,
             curve=curve,

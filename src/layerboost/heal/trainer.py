@@ -38,7 +38,8 @@ from layerboost.scoring import (
 if TYPE_CHECKING:
     from layerboost.heal import Config
 
-_SAVE_SECONDS = 15.0
+# a state is saved when the last is this old, and when saving took less than a twentieth of the time since
+_SAVE_SECONDS, _SAVE_SHARE = 15.0, 20
 _LOOKS = 8  # points of the curve between start and end
 
 
@@ -136,7 +137,7 @@ def train(
         KeyboardInterrupt: asked to stop; the state is saved.
     """
     config = healer.config
-    steps = math.ceil(len(rows) / config.batch)
+    steps = math.ceil(len(rows) / config.batch) if healer.changes else 0
     tokens_per_row = rows.tokens.shape[1]
     peak = config.learning_rate or default_learning_rate(healer.model.config.hidden_size)
     optimizer = torch.optim.AdamW(healer.parameters.values(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
@@ -175,7 +176,7 @@ def train(
                 tokens = min(done * config.batch, len(rows)) * tokens_per_row
                 curve.append(look(healer, validation, done, tokens, loss.item()))
             advance(note=f"loss {loss.item():.3f}  KL {curve[-1].kl:.3f}")
-            if stopped() or time.monotonic() - saved > max(_SAVE_SECONDS, 20 * save_cost):
+            if stopped() or time.monotonic() - saved > max(_SAVE_SECONDS, _SAVE_SHARE * save_cost):
                 save(done)
             if stopped():
                 raise KeyboardInterrupt

@@ -167,20 +167,25 @@ class Hybrid(PreTrainedModel):
             CheckpointError: the tensors are not exactly those that the plan asks for.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # so that all of them are reported
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        for what, rule in (
-            ("missing_keys", "the plan needs tensors that are not there"),
-            ("unexpected_keys", "there are tensors that the plan has no place for"),
-            ("mismatched_keys", "tensors have another shape than the configuration says"),
-        ):
-            if info[what]:
-                some = ", ".join(sorted(str(key) for key in info[what])[:3])
-                raise CheckpointError(
-                    f"{source}: {rule}: {some} ({len(info[what])} in all); convert the original model again"
-                )
+        check_tensors(info, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         return (model, info) if wants_info else model
+
+
+def check_tensors(loading_info: dict[str, Any], source: Any) -> None:
+    """Raises CheckpointError unless a checkpoint held exactly the tensors of the model it was loaded into."""
+    for what, rule in (
+        ("mismatched_keys", "tensors have another shape than the configuration says"),
+        ("missing_keys", "the model needs tensors that are not there"),
+        ("unexpected_keys", "there are tensors that the model has no place for"),
+    ):
+        if loading_info[what]:
+            some = ", ".join(sorted(str(key) for key in loading_info[what])[:3])
+            raise CheckpointError(
+                f"{source}: {rule}: {some} ({len(loading_info[what])} in all); check that configuration and weights "
+                "belong together, or convert the original model again"
+            )
 
 
 @cache

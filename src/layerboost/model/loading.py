@@ -25,9 +25,10 @@ from layerboost.model.config import (
     hybrid_config,
     native_windows,
 )
-from layerboost.model.hybrid import Hybrid, model_class
+from layerboost.model.hybrid import Hybrid, check_tensors, model_class
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
+_NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -37,10 +38,9 @@ def find_model(source: str | Path) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    name, path = str(source), Path(source).expanduser()
+    if name and path.is_dir():
         return path
-    name = str(source)
     if name == REFERENCE:
         return Path(str(resources.files("layerboost") / "reference"))
     if path.is_file():
@@ -207,9 +207,11 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
 def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, device: str) -> Any:
     weight_files(folder)
     try:
-        model = kind.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True
-        )
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+        check_tensors(info, folder)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as trouble:
@@ -222,6 +224,9 @@ def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype 
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises CheckpointError if the folder has no tokenizer that can be read without running code from it."""
+    if not any(is_tokenizer_file(path) and path.stem not in _NOT_ENOUGH for path in folder.iterdir()):
+        # transformers would make an empty one up
+        raise CheckpointError(f"{folder} has no tokenizer; copy tokenizer.json of the original model into it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as trouble:  # tokenizers raise bare exceptions on damaged files

@@ -1,0 +1,97 @@
+"""What exact prefix reuse saves: analysing one model the naive way (a whole forward pass per candidate) against ours.
+
+    python benchmarks/prefix_reuse.py
+
+Both compute the same scores of the same candidates on the same batch; that they are bit-equal is asserted. CPU time of
+the process, one thread, interleaved, in one run.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import Qwen3Config
+
+from layerboost.analyze import candidates_for, measure
+from layerboost.artifacts import KVShape, ModelRecord, full_plan
+from layerboost.data.sequences import Sequences
+from layerboost.model.config import hybrid_config
+from layerboost.model.hybrid import model_class
+from layerboost.progress import say
+from layerboost.scoring import final_hidden, log_probabilities, scored_hidden, scored_targets, token_scores
+
+
+def build(args: argparse.Namespace):
+    config = Qwen3Config(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 64,
+        head_dim=32, max_position_embeddings=4 * args.length,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return model_class("qwen3")(hybrid_config(config, full_plan(args.layers))).eval()
+
+
+def naive(model, data, candidates):
+    """Leave one out: the whole model once per candidate."""
+    batch = data["text"]
+    scored, targets = batch.scored, scored_targets(batch)
+
+    def score(teacher):
+        hidden = scored_hidden(final_hidden(model, batch.tokens), scored)
+        teacher = log_probabilities(hidden, model.lm_head) if teacher is None else teacher
+        return teacher, token_scores(hidden, model.lm_head, teacher, targets).per_sequence(scored)
+
+    with torch.no_grad():
+        teacher, base = score(None)
+        found = {None: base}
+        for layer, tried in enumerate(candidates):
+            for n, plan in enumerate(tried):
+                with model.mixed({layer: plan}):
+                    found[layer, n] = score(teacher)[1]
+    return found
+
+
+def cpu_seconds(function, *args):
+    started = time.process_time()
+    return function(*args), time.process_time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build(args)
+    tokens = torch.randint(0, args.vocabulary, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
+    scored = torch.ones_like(tokens, dtype=torch.bool)
+    scored[:, 0] = False
+    data = {"text": Sequences(tokens, scored)}
+    record = ModelRecord(
+        name="random", digest="", num_layers=args.layers, native_windows=[None] * args.layers, context=4 * args.length,
+        kv_shape=KVShape(num_key_value_heads=args.hidden // 64, head_dim=32, bytes_per_value=4),
+    )  # fmt: skip
+    candidates = candidates_for(record, [args.window])
+    ratios = []
+    for repeat in range(args.repeats + 1):
+        ours, our_time = cpu_seconds(measure, model, data, candidates)
+        theirs, their_time = cpu_seconds(naive, model, data, candidates)
+        for key, values in theirs.items():
+            assert (ours[key]["text.kl"] == values["kl"]).all(), key
+            assert (ours[key]["text.nll"] == values["nll"]).all(), key
+        if repeat:  # the first round warms up
+            ratios.append(our_time / their_time)
+            say(f"ours {our_time:.2f} s, naive {their_time:.2f} s, ratio {ratios[-1]:.3f}")
+    spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {args.repeats} repeats)"
+    what = f"{args.layers} layers, {len(candidates[0])} mixers, vocabulary {args.vocabulary}"
+    print(f"CPU time of prefix reuse over naive leave-one-out, {what}: {spread}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The command line: what the contract promises, exit codes, and one clear line for every trouble."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from layerboost import __version__
+from layerboost.cli import app
+from tests.test_pipeline import SMALL
+from tests.tiny import make_checkpoint
+
+ANALYZE = [setting.partition(".")[2] for setting in SMALL if setting.startswith("analyze.")]
+HEAL = [setting.partition(".")[2] for setting in SMALL if setting.startswith("heal.") and "tokens" not in setting]
+EVALUATE = [setting.partition(".")[2] for setting in SMALL if setting.startswith("evaluate.")]
+BENCH = [setting.partition(".")[2] for setting in SMALL if setting.startswith("bench.")]
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def session(tiny, tmp_path_factory):
+    """Every verb alone, from files, as a user would call them one after the other."""
+    root = tmp_path_factory.mktemp("session")
+    results = {
+        "analyze": call("analyze", tiny, "--out", root / "sensitivity.json", *ANALYZE),
+        "plan": call("plan", root / "sensitivity.json", "--out", root / "plan.json", "--kv-reduction", "0.6"),
+        "convert": call("convert", tiny, root / "plan.json", "--out", root / "hybrid"),
+        "heal": call("heal", root / "hybrid", "--teacher", tiny, "--tokens", "2k", "--out", root / "healed", *HEAL),
+        "evaluate": call("evaluate", root / "healed", "--against", tiny, "--out", root / "evaluation.json", *EVALUATE),
+        "bench": call("bench", root / "healed", "--against", tiny, "--out", root / "bench.json", *BENCH),
+    }
+    return root, results
+
+
+def test_the_verbs_one_by_one(session):
+    root, results = session
+    for verb, result in results.items():
+        assert result.exit_code == 0, f"{verb}: {result.output}"
+    assert {p.name for p in root.iterdir()} == {
+        "sensitivity.json", "plan.json", "hybrid", "healed", "evaluation.json", "bench.json",
+    }  # fmt: skip
+    assert "no_attention" in results["analyze"].output
+    assert "layer" in results["plan"].output
+    assert "recall mean" in results["evaluate"].output
+    assert "KV bytes per token" in results["bench"].output
+
+
+def test_inspect(session, tiny):
+    root, _ = session
+    shown = call("inspect", root / "healed")
+    assert shown.exit_code == 0
+    assert "layerboost_qwen3" in shown.output
+    assert "intact" in shown.output
+    facts = json.loads(call("inspect", root / "healed", "--json").output)
+    assert facts["hybrid"]
+    plan = json.loads((root / "plan.json").read_text())["layers"]
+    assert [layer["mixer"] for layer in facts["layers"]] == [layer["mixer"] for layer in plan]
+    base = call("inspect", tiny)
+    assert base.exit_code == 0
+    assert "not a hybrid" in base.output
+
+
+def test_a_plan_as_a_person_writes_it(tiny, tmp_path):
+    layers = [
+        {"mixer": "full_attention"}, {"mixer": "sliding_attention", "window": 64}, {"mixer": "no_attention"},
+        {"mixer": "full_attention"},
+    ]  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps({"schema": 1, "layers": layers}))
+    assert call("convert", tiny, tmp_path / "plan.json", "--out", tmp_path / "hybrid").exit_code == 0
+
+
+def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
+    root, _ = session
+    (tmp_path / "plan.json").write_text(json.dumps({"schema": 1, "layers": [{"mixer": "full"}] * 4}))
+    stranger = make_checkpoint(tmp_path / "stranger", "llama", vocab_size=300)
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    cases = [
+        (2, "unknown key windws; did you mean windows", ["analyze", tiny, "--out", out, "windws=[4]"]),
+        (2, "is not an override", ["analyze", tiny, "--out", out, "windows"]),
+        (2, "recipe nowhere.yaml cannot be read", ["run", tiny, "--out", out, "--recipe", "nowhere.yaml"]),
+        (2, "unknown key heal.token; did you mean tokens", ["run", tiny, "--out", out, "heal.token=3"]),
+        (2, "is not a finished run", ["report", tmp_path]),
+        (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out]),
+        (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out, "--dry-run"]),
+        (3, "config.json does not exist", ["analyze", tmp_path / "empty", "--out", out]),
+        (
+            3,
+            "is not that of the teacher",
+            ["heal", root / "hybrid", "--teacher", stranger, "--tokens", "2k", "--out", out],
+        ),
+        (3, "vocab_size", ["evaluate", root / "healed", "--against", stranger, "--out", out]),
+        (3, "not a hybrid; convert it first", ["bench", tiny, "--against", tiny, "--out", out]),
+        (3, "is not a folder", ["inspect", tmp_path / "plan.json"]),
+        (4, "layer 0: mixer", ["convert", tiny, tmp_path / "plan.json", "--out", out]),
+        (4, "cannot be met", ["plan", root / "sensitivity.json", "--out", out, "at_least.full_attention=4"]),
+        (4, "does not exist", ["plan", tmp_path / "nowhere.json", "--out", out]),
+        (4, "schema must be 1", ["plan", tiny / "config.json", "--out", out]),
+        (5, "holds no UTF-8 text", ["analyze", tiny, "--out", out, f"text={tmp_path / 'empty'}"]),
+        (5, "less than one sequence", ["heal", root / "hybrid", "--teacher", tiny, "--tokens", "3", "--out", out]),
+        (5, "does not fit a model", ["bench", root / "healed", "--against", tiny, "--out", out, "context=100000"]),
+        (6, "cannot be written", ["plan", root / "sensitivity.json", "--out", tmp_path / "plan.json" / "x.json"]),
+        (2, "Missing option", ["plan", root / "sensitivity.json"]),
+        (2, "No such command", ["analyse"]),
+    ]
+    for code, message, words in cases:
+        result = call(*words)
+        said = " ".join((result.output + result.stderr).replace("│", " ").split())
+        assert result.exit_code == code, f"{words}: exit {result.exit_code}: {said} {result.exception!r}"
+        assert message in said, f"{words}: {said}"
+        assert "Traceback" not in said
+        assert not out.exists()
+
+
+def test_dry_run_does_nothing(tiny, tmp_path):
+    result = call("run", tiny, "--out", tmp_path / "run", "--dry-run", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "GB of memory" in result.output
+    assert "MB of disk" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_version_load_no_torch():
+    for words in (["--help"], ["--version"], ["run", "--help"], []):
+        code = (
+            "import sys\nfrom layerboost.cli import app\n"
+            f"try:\n    app({words!r})\nexcept SystemExit:\n    pass\n"
+            "loaded = {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\nassert not loaded, loaded"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert call("--version").output.strip() == f"layerboost {__version__}"
+
+
+def test_import_layerboost_loads_no_torch():
+    code = (
+        "import sys, layerboost\nassert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)\n"
+        "layerboost.LayerPlan, layerboost.plan\nassert not hasattr(layerboost, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,194 @@
+"""Corpus, sequences and probes: what is in them, and what must never be."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerboost.data.corpus import open_corpus, split_of, standard_library
+from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
+from layerboost.data.samples import samples, training_rows
+from layerboost.data.sequences import text_sequences, token_stream
+from layerboost.errors import DataError
+from tests.tiny import tokenizer
+
+SPLITS = ("train", "validation", "held_out")
+
+
+def maker(seed=0, words=200):
+    rng = np.random.default_rng(seed)
+    return ProbeMaker(np.arange(10, 10 + words), rng.integers(2, 1_000, 20_000), rng)
+
+
+def test_the_standard_library_without_tests_and_packages():
+    corpus = standard_library()
+    names = [document.name for document in corpus.documents]
+    assert len(names) > 300
+    assert "json/decoder.py" in names
+    assert not [
+        n for n in names if Path(n).is_absolute() or {"site-packages", "test", "tests", "idlelib"} & set(n.split("/"))
+    ]
+    assert names == sorted(names, key=Path)
+    text = (Path(sysconfig.get_path("stdlib")) / "json/decoder.py").read_text(encoding="utf-8")
+    assert next(d.text for d in corpus.documents if d.name == "json/decoder.py") == text
+
+
+def test_splits_cover_everything_once_and_depend_on_the_name_alone():
+    corpus = standard_library()
+    parts = {split: {d.name for d in corpus.split(split)} for split in SPLITS}
+    assert sum(map(len, parts.values())) == len(corpus.documents)
+    assert set.union(*parts.values()) == {d.name for d in corpus.documents}
+    assert all(len(part) > 10 for part in parts.values())
+    assert all(split_of(name) == split for split, names in parts.items() for name in names)
+
+
+def test_the_digest_notices_every_change(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three")
+    first = open_corpus(tmp_path).digest
+    assert open_corpus(tmp_path).digest == first
+    (tmp_path / "a.txt").write_text("one two thre")
+    assert open_corpus(tmp_path).digest != first
+
+
+def test_users_own_text(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "long.txt").write_text("word " * 20_000)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"row {n}"}) for n in range(5)) + "\n")
+    (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00\x80")
+    corpus = open_corpus(tmp_path)
+    names = [d.name for d in corpus.documents]
+    assert [n for n in names if n.startswith("rows")] == [f"rows.jsonl#{n}" for n in range(5)]
+    assert len([n for n in names if n.startswith("sub/long.txt")]) == 7
+    assert open_corpus(tmp_path / "rows.jsonl").documents[3].text == "row 3"
+
+
+def test_text_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        open_corpus(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no UTF-8 text"):
+        open_corpus(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    with pytest.raises(DataError, match="line 2: must be a JSON object with a string under the key text"):
+        open_corpus(tmp_path)
+
+
+def test_tiny_text_says_what_is_missing(tmp_path):
+    (tmp_path / "a.txt").write_text("only a little text")
+    with pytest.raises(DataError, match="split holds 0 sequences of 96 tokens"):
+        samples(
+            open_corpus(tmp_path), tokenizer(), 258, split="train", texts=4, answers=4, length=96, distance=40
+        )  # fmt: skip
+    with pytest.raises(DataError, match="less than one sequence of 96 tokens"):
+        training_rows(open_corpus(tmp_path), tokenizer(), 258, rows=4, length=96, probe_share=0.5, seed=0)
+
+
+def test_a_tokenizer_of_another_model_is_noticed():
+    with pytest.raises(DataError, match="does not belong to this model"):
+        samples(standard_library(), tokenizer(), 100, split="train", texts=4, answers=4, length=96, distance=40)
+
+
+def test_streams_repeat_and_respect_their_limit():
+    documents = standard_library().split("validation")
+    one, two = (token_stream(documents, tokenizer(), tokens=5_000, piece=500, seed=3) for _ in range(2))
+    assert len(one) == 5_000
+    assert (one == two).all()
+    assert not (one == token_stream(documents, tokenizer(), tokens=5_000, piece=500, seed=4)).all()
+    sequences = text_sequences(documents, tokenizer(), count=7, length=50, seed=0)
+    assert sequences.tokens.shape == sequences.scored.shape == (7, 50)
+    assert not sequences.scored[:, 0].any()
+    assert sequences.scored[:, 1:].all()
+
+
+def answer_of(row, scored, probe):
+    """What someone who reads the sequence would answer at each scored place; None where the context does not say."""
+    row = row.tolist()
+    found = {}
+    for at in np.flatnonzero(scored):
+        back = {"copy": 3, "key_value": 1, "needle": 2}[probe]
+        seek = row[at - back : at]
+        earlier = [j for j in range(at - back) if row[j : j + back] == seek and j + back < at]
+        if probe == "key_value":  # keys and values alternate, counted from the end
+            earlier = [j for j in earlier if (at - 1 - j) % 2 == 0]
+        found[int(at)] = {row[j + back] for j in earlier}
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(PROBES)), st.integers(64, 300), st.data())
+def test_every_answer_stands_in_the_context_beyond_the_distance(probe, length, data):
+    distance = data.draw(st.one_of(st.none(), st.integers(1, length - 24)))
+    sequences = probe_sequences(maker(data.draw(st.integers(0, 99))), probe, count=2, length=length, distance=distance)
+    for tokens, scored in zip(sequences.tokens.numpy(), sequences.scored.numpy(), strict=True):
+        assert len(tokens) == length
+        assert scored.any()
+        if distance is not None:
+            first = int(np.flatnonzero(scored)[0])
+            assert scored[first:].all()  # one answer, at the end
+            width = length - first
+            starts = [j for j in range(first) if (tokens[j : j + width] == tokens[first:]).all() and j + width <= first]
+            key = {"copy": 0, "key_value": 1, "needle": 2}[probe]
+            starts = [j for j in starts if (tokens[j - key : j] == tokens[first - key : first]).all()]
+            if probe == "key_value":
+                starts = [j for j in starts if (first - j) % 2 == 0]
+            assert starts
+            assert first - max(starts) >= distance
+        elif probe != "copy":
+            for at, answers in answer_of(tokens, scored, probe).items():
+                assert int(tokens[at]) in answers or probe == "needle"
+
+
+def test_pairs():
+    sequences = probe_sequences(maker(), "needle", count=3, length=128, distance=60)
+    for pair, tokens in zip(as_pairs(sequences), sequences.tokens.tolist(), strict=True):
+        assert pair["prompt"] + pair["answer"] == tokens
+        assert len(pair["answer"]) == 2
+
+
+def test_impossible_probes_are_refused():
+    with pytest.raises(DataError, match="distance 300 does not fit probes of 256 tokens"):
+        probe_sequences(maker(), "copy", count=1, length=256, distance=300)
+    with pytest.raises(DataError, match="at least 32"):
+        probe_sequences(maker(), "copy", count=1, length=16, distance=None)
+    with pytest.raises(DataError, match="ordinary tokens"):
+        ordinary_tokens(tokenizer(), 12)
+
+
+def test_words_are_ordinary_and_the_model_knows_them():
+    words = ordinary_tokens(tokenizer(), 258)
+    assert (words < 258).all()
+    assert not set(words) & set(tokenizer().all_special_ids)
+    assert all(any(c.isalnum() for c in tokenizer().decode([w])) for w in words)
+
+
+def test_training_rows_are_as_many_as_asked_and_repeat_small_text(tmp_path):
+    for n in range(40):
+        (tmp_path / f"{n}.txt").write_text(f"document {n} " * 30)
+    rows = training_rows(open_corpus(tmp_path), tokenizer(), 258, rows=400, length=96, probe_share=0.4, seed=0)
+    assert rows.tokens.shape == (400, 96)
+    again = training_rows(open_corpus(tmp_path), tokenizer(), 258, rows=400, length=96, probe_share=0.4, seed=0)
+    assert torch.equal(rows.tokens, again.tokens)
+    text = rows.scored[:, 1:].all(1).sum().item()
+    assert text == 240
+    for share, count in ((0.0, 10), (1.0, 10), (0.4, 1)):
+        assert (
+            len(
+                training_rows(open_corpus(tmp_path), tokenizer(), 258, rows=count, length=96, probe_share=share, seed=0)
+            )
+            == count
+        )
+
+
+def test_the_held_out_split_is_never_trained_or_planned_on():
+    corpus = standard_library()
+    held_out = token_stream(corpus.split("held_out"), tokenizer(), tokens=10**9, piece=10**9, seed=0)
+    seen = {held_out[i : i + 64].tobytes() for i in range(len(held_out) - 64)}
+    data = samples(corpus, tokenizer(), 258, split="train", texts=40, answers=2, length=128, distance=60)
+    rows = training_rows(corpus, tokenizer(), 258, rows=200, length=128, probe_share=0.0, seed=0)
+    windows = torch.cat([data["text"].tokens, rows.tokens])[:, 32:96].numpy()
+    shared = sum(window.tobytes() in seen for window in windows)
+    assert shared <= len(windows) // 50  # licence headers and the like stand in many files

@@ -1,0 +1,313 @@
+"""Runs: everything in order, skipped while current, and after kill -9 the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import layerboost  # noqa: F401, teaches transformers the hybrids
+from layerboost import analyze, heal, pipeline
+from layerboost.errors import EnvironmentTrouble, UsageError
+from layerboost.estimate import count_parameters, estimate
+from layerboost.model.loading import read_config
+from layerboost.recipe import Recipe, load_recipe
+from tests.conftest import FAMILIES
+from tests.tiny import make_checkpoint
+
+SMALL = (
+    "analyze.texts=4", "analyze.answers=4", "analyze.length=96", "analyze.windows=[4, 16]",
+    "plan.kv_reduction=0.5", "plan.at_least={full_attention: 1, sliding_attention: 1, no_attention: 1}",
+    "heal.tokens=4k", "heal.length=64", "heal.rank=4", "heal.texts=2", "heal.answers=2",
+    "evaluate.texts=4", "evaluate.answers=4", "evaluate.length=96", "evaluate.completions=1", "evaluate.new_tokens=4",
+    "bench.context=64", "bench.new_tokens=4", "bench.batch=2", "bench.repeats=2",
+)  # fmt: skip
+FILES = (
+    "recipe.yaml", "sensitivity.json", "plan.json", "hybrid/model.safetensors", "healed/model.safetensors",
+    "healed/healing.json", "evaluation.json", "bench.json", "result.json", "report.html",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("default", SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory, recipe):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, pipeline.run(tiny, recipe, out=out)
+
+
+def stamps(out):
+    return {name: (out / name).stat().st_mtime_ns for name in FILES}
+
+
+def test_result(finished):
+    out, result = finished
+    raw = json.loads((out / "result.json").read_text())
+    assert raw["schema"] == 1
+    model = AutoModelForCausalLM.from_pretrained(out / "healed")
+    assert raw["model"]["num_layers"] == 4
+    assert raw["plan"]["layers"] == [plan.mixer for plan in model.plan]
+    assert raw["plan"]["windows"] == [plan.window for plan in model.plan]
+    assert set(raw["plan"]["layers"]) == {"full_attention", "sliding_attention", "no_attention"}
+    assert raw["quality"]["base"]["kl"] == 0
+    for name in ("base", "converted", "healed"):
+        assert set(raw["quality"][name]) == {"nll", "perplexity", "kl", "recall"}
+        assert set(raw["quality"][name]["recall"]) == {"copy", "key_value", "needle", "mean"}
+    gap = raw["quality"]["converted"]["kl"]
+    assert raw["quality"]["recovered"]["kl"] == pytest.approx(1 - raw["quality"]["healed"]["kl"] / gap)
+    kv = raw["cost"]["kv_bytes_per_token"]
+    assert raw["cost"]["context"] == 64
+    assert kv["base"] == 4 * 2 * 2 * 8 * 4
+    held = sum({"full_attention": 64, "no_attention": 0}.get(p.mixer, (p.window or 1) - 1) for p in model.plan)
+    assert kv["healed"] == pytest.approx(held * 2 * 2 * 8 * 4 / 64)
+    assert raw["cost"]["parameters"]["healed"] == sum(p.numel() for p in model.parameters())
+    for ratio in raw["speed"].values():
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert result.model["name"] == "qwen3"
+
+
+def test_nothing_is_left_over(finished):
+    out, _ = finished
+    left = {p.name for p in out.iterdir()} - {name.split("/")[0] for name in FILES}
+    assert left <= {".lock"}
+
+
+def test_converted_quality_is_that_of_the_converted_checkpoint(finished, tiny):
+    """The evaluation converts in memory; the folder `hybrid` must be the same model."""
+    from layerboost import evaluate
+
+    out, _ = finished
+    config = load_recipe("default", SMALL).section(evaluate.Config, "evaluate")
+    again = evaluate.run(out / "hybrid", tiny, config)
+    assert again.models["healed"] == again.models["converted"]
+    assert (
+        again.models["converted"].kl.mean == json.loads((out / "result.json").read_text())["quality"]["converted"]["kl"]
+    )
+
+
+def test_a_second_run_does_nothing_again(finished, tiny, recipe):
+    out, _ = finished
+    before = stamps(out)
+    pipeline.run(tiny, recipe, out=out)
+    after = stamps(out)
+    again = {name for name in FILES if before[name] != after[name]}
+    assert again == {"recipe.yaml", "result.json", "report.html"}
+
+
+def test_only_what_depends_on_a_change_is_done_again(finished, tiny, capsys):
+    out, _ = finished
+    before = stamps(out)
+    pipeline.run(tiny, load_recipe("default", [*SMALL, "heal.tokens=2k"]), out=out)
+    again = {name for name in FILES if before[name] != stamps(out)[name]}
+    assert not again & {"sensitivity.json", "plan.json", "hybrid/model.safetensors"}
+    assert {"healed/model.safetensors", "evaluation.json", "bench.json"} <= again
+    pipeline.run(tiny, load_recipe("default", SMALL), out=out)  # as the other tests found it
+
+
+def test_a_plan_edited_by_hand_is_followed(tiny, tmp_path, recipe):
+    pipeline.run(tiny, recipe, out=tmp_path / "run")
+    plan = tmp_path / "run" / "plan.json"
+    raw = json.loads(plan.read_text())
+    raw["layers"] = [{"mixer": "no_attention"}, {"mixer": "full_attention"}, {"mixer": "sliding_attention", "window": 5}, {"mixer": "full_attention"}]  # fmt: skip  # noqa: E501
+    plan.write_text(json.dumps(raw))
+    result = pipeline.run(tiny, recipe, out=tmp_path / "run")
+    assert result.plan["layers"] == ["no_attention", "full_attention", "sliding_attention", "full_attention"]
+    assert result.plan["windows"] == [None, None, 5, None]
+
+
+def test_damaged_results_are_made_again(finished, tiny, recipe):
+    out, _ = finished
+    weights = (out / "healed" / "model.safetensors").read_bytes()
+    (out / "healed" / "model.safetensors").write_bytes(weights[:-10])
+    (out / "bench.json").write_text("{")
+    pipeline.run(tiny, recipe, out=out)
+    assert (out / "healed" / "model.safetensors").read_bytes() == weights
+    json.loads((out / "bench.json").read_text())
+
+
+@pytest.mark.parametrize("verb", ["analyze", "heal", "evaluate", "bench"])
+def test_a_stage_that_fails_leaves_the_rest(finished, tiny, tmp_path, recipe, monkeypatch, verb):
+    done, _ = finished
+
+    def fail(*args, **kwargs):
+        raise EnvironmentTrouble("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"layerboost.{verb}.run", fail)
+        with pytest.raises(EnvironmentTrouble, match="on purpose"):
+            pipeline.run(tiny, recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+    pipeline.run(tiny, recipe, out=tmp_path / "run")
+    for name in ("sensitivity.json", "hybrid/model.safetensors", "healed/model.safetensors"):
+        if name.endswith("json"):
+            here, there = (json.loads((folder / name).read_text())["layers"] for folder in (tmp_path / "run", done))
+            assert here == there
+        else:
+            assert (tmp_path / "run" / name).read_bytes() == (done / name).read_bytes()
+
+
+def start(tiny, out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "layerboost.cli", "run", str(tiny), "--out", str(out), *SMALL, "heal.tokens=60k"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def kill_when(process, there):
+    until = time.monotonic() + 120
+    while not there() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def assert_same_after_kills(tiny, tmp_path, moments):
+    """Kill a run at each of these moments in turn, then let it finish; compare with a run that was left alone."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    alone = start(tiny, whole)
+    assert alone.wait() == 0, alone.stderr.read()
+    for moment in moments:
+        kill_when(start(tiny, parts), lambda moment=moment: moment(parts))
+        assert not (parts / "result.json").exists()
+    last = start(tiny, parts)
+    assert last.wait() == 0, last.stderr.read()
+    for name in ("hybrid/model.safetensors", "healed/model.safetensors", "healed/config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_kill_9_while_healing_ends_with_the_same_bytes(tiny, tmp_path):
+    def healing(out):
+        if not (out / "hybrid").exists() or not (out / "heal" / ".lock").exists():
+            return False
+        time.sleep(1.5)  # some steps in
+        return True
+
+    assert_same_after_kills(tiny, tmp_path, [healing])
+
+
+@pytest.mark.slow
+def test_kill_9_in_every_stage_ends_with_the_same_bytes(tiny, tmp_path):
+    moments = [
+        lambda out: (out / ".lock").exists(),
+        lambda out: (out / "sensitivity.json").exists(),
+        lambda out: (out / "plan.json").exists(),
+        lambda out: (out / ".hybrid.partial").exists(),
+        lambda out: (out / "heal").exists(),
+        lambda out: any((out / "heal").glob("step-*")) or (out / ".healed.partial").exists(),
+        lambda out: (out / "healed").exists(),
+        lambda out: (out / "evaluation.json").exists(),
+        lambda out: (out / "bench.json").exists(),
+    ]
+    assert_same_after_kills(tiny, tmp_path, moments)
+
+
+def test_a_run_folder_has_one_writer(finished, tiny, recipe):
+    from layerboost.artifacts import lock
+
+    out, _ = finished
+    with lock(out), pytest.raises(EnvironmentTrouble, match="another layerboost process"):
+        pipeline.run(tiny, recipe, out=out)
+
+
+def test_a_folder_of_someone_else_is_left_alone(tiny, tmp_path, recipe):
+    (tmp_path / "hybrid").mkdir()
+    (tmp_path / "hybrid" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="was not written by layerboost"):
+        pipeline.run(tiny, recipe, out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["hybrid"]
+
+
+def test_too_little_disk_is_said_before_any_work(tiny, tmp_path, recipe, monkeypatch):
+    usage = type("Usage", (), {"free": 1_000})
+    monkeypatch.setattr("layerboost.artifacts.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(EnvironmentTrouble, match="needs about"):
+        pipeline.run(tiny, recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_families_and_depths(tmp_path, family, depth, recipe):
+    folder = make_checkpoint(tmp_path / "model", family, seed=depth, num_hidden_layers=depth, dtype=torch.bfloat16)
+    fitting = recipe.model_copy(
+        update={"plan": recipe.plan.model_copy(update={"at_least": type(recipe.plan.at_least)()})}
+    )
+    result = pipeline.run(folder, fitting, out=tmp_path / "run")
+    assert len(result.plan["layers"]) == depth
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "healed")
+
+
+def test_estimates_from_the_configuration_alone(tiny, recipe):
+    config = read_config(tiny)
+    parameters, embedding = count_parameters(config)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert parameters == sum(p.numel() for p in model.parameters())
+    assert embedding == 258 * 32
+    found = estimate(config, recipe, 1e9)
+    assert found.disk_bytes > 2 * 4 * parameters
+    longer = estimate(config, load_recipe("default", [*SMALL, "heal.tokens=8k"]), 1e9)
+    assert longer.seconds["heal"] == pytest.approx(2 * found.seconds["heal"])
+
+
+class TestRecipe:
+    def test_shipped_recipes_are_valid(self):
+        for name in ("default", "demo"):
+            assert isinstance(load_recipe(name), Recipe)
+
+    def test_shared_settings_reach_every_verb_that_does_not_say_otherwise(self, tmp_path):
+        text = tmp_path / "text"
+        recipe = load_recipe("default", [f"text={text}", "seed=3", "heal.seed=4"])
+        assert recipe.section(analyze.Config, "analyze").text == text
+        assert recipe.section(analyze.Config, "analyze").seed == 3
+        assert recipe.section(heal.Config, "heal").seed == 4
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("heal.tokns=5", r"unknown key heal.tokns; did you mean tokens\?"),
+            ("haal.tokens=5", r"unknown key haal; did you mean heal\?"),
+            ("heal.tokens", "is not an override; write key=value"),
+            ("=5", "is not an override"),
+            ("heal..tokens=5", "is not an override"),
+            ("heal.tokens=[", "the value is not YAML"),
+            ("seed.deep=5", "seed"),
+            ("analyze.windows=[0]", "analyze.windows.0"),
+            ("analyze.windows=16", "analyze.windows"),
+            ("plan.kv_reduction=2", "less than or equal to 1, found 2"),
+            ("plan.weights={text_kl: .nan}", "finite"),
+            ("plan.planner=best", "plan.planner"),
+            ("heal.tokens=many", "is not a number of tokens"),
+            ("heal=5", "heal"),
+        ],
+    )
+    def test_wrong_overrides(self, override, message):
+        with pytest.raises(UsageError, match=message):
+            load_recipe("default", [override])
+
+    def test_wrong_files(self, tmp_path):
+        with pytest.raises(UsageError, match=r"cannot be read.*default, demo"):
+            load_recipe(tmp_path / "nowhere.yaml")
+        (tmp_path / "bad.yaml").write_text("heal: [")
+        with pytest.raises(UsageError, match="is not YAML"):
+            load_recipe(tmp_path / "bad.yaml")
+        (tmp_path / "list.yaml").write_text("- heal")
+        with pytest.raises(UsageError, match="keys and values, found list"):
+            load_recipe(tmp_path / "list.yaml")
+        (tmp_path / "evil.yaml").write_text("heal: !!python/object/apply:os.system ['true']")
+        with pytest.raises(UsageError, match="is not YAML"):
+            load_recipe(tmp_path / "evil.yaml")
+        (tmp_path / "empty.yaml").write_text("")
+        assert load_recipe(tmp_path / "empty.yaml") == Recipe()
+
+    def test_the_written_recipe_reads_back(self, finished, recipe):
+        out, _ = finished
+        assert load_recipe(out / "recipe.yaml") == recipe
