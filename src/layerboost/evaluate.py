@@ -1,16 +1,16 @@
 """evaluate: how close are the converted and the healed hybrid to the original, on data that nothing else has seen?"""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from layerboost.artifacts import Completion, Evaluation, Quality, Record, save, text_digest
+from layerboost.artifacts import Completion, Evaluation, Quality, save
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
-from layerboost.data.samples import TEXT, probe_lengths, samples
+from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
 from layerboost.model.loading import (
@@ -23,7 +23,6 @@ from layerboost.model.loading import (
     pick_device,
     plan_of,
     read_config,
-    tokenizer_digest,
 )
 from layerboost.progress import Advance, progress
 from layerboost.provenance import provenance
@@ -38,7 +37,7 @@ from layerboost.scoring import (
 )
 
 
-class Config(Record):
+class Config(DataConfig):
     """What `evaluate` is told.
 
     Attributes:
@@ -47,7 +46,6 @@ class Config(Record):
         distance: fewest tokens between an answer and its source; None is half the length.
         completions: prompts of held-out text that base and hybrid complete greedily.
         new_tokens: length of a completion.
-        text: a file or folder of UTF-8 text instead of the built-in corpus.
     """
 
     texts: int = Field(64, ge=2)
@@ -56,9 +54,6 @@ class Config(Record):
     distance: int | None = Field(None, ge=1)
     completions: int = Field(4, ge=0)
     new_tokens: int = Field(32, ge=1)
-    text: Path | None = None
-    seed: int = Field(0, ge=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
 def inputs(hybrid: Path, against: Path, config: Config) -> dict[str, str]:
@@ -66,9 +61,7 @@ def inputs(hybrid: Path, against: Path, config: Config) -> dict[str, str]:
     return {
         "hybrid": digest(hybrid),
         "model": digest(against),
-        "tokenizer": tokenizer_digest(against),
-        "text": open_corpus(config.text).digest,
-        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+        **data_inputs(against, config),
     }
 
 

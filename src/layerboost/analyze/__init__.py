@@ -7,17 +7,17 @@ attention is often one that looks only a few tokens back.
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from layerboost.analyze.prefix import Prefix, capture, suffix
-from layerboost.artifacts import Candidate, Damage, LayerPlan, ModelRecord, Record, Sensitivity, save, text_digest
+from layerboost.artifacts import Candidate, Damage, LayerPlan, ModelRecord, Sensitivity, save
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
-from layerboost.data.samples import TEXT, probe_lengths, samples
+from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
 from layerboost.model.hybrid import Hybrid
@@ -28,7 +28,6 @@ from layerboost.model.loading import (
     load_tokenizer,
     pick_device,
     read_config,
-    tokenizer_digest,
 )
 from layerboost.progress import progress, say
 from layerboost.provenance import provenance
@@ -42,7 +41,7 @@ from layerboost.scoring import (
 )
 
 
-class Config(Record):
+class Config(DataConfig):
     """What `analyze` is told.
 
     Attributes:
@@ -52,7 +51,6 @@ class Config(Record):
         answers: sequences of each recall probe.
         length: tokens per sequence.
         distance: fewest tokens between an answer and its source; None is half the length.
-        text: a file or folder of UTF-8 text instead of the built-in corpus.
     """
 
     windows: list[Annotated[int, Field(ge=1)]] | None = None
@@ -60,18 +58,13 @@ class Config(Record):
     answers: int = Field(64, ge=2)
     length: int = Field(256, ge=64)
     distance: int | None = Field(None, ge=1)
-    text: Path | None = None
-    seed: int = Field(0, ge=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
 def inputs(model: ModelRecord, folder: Path, config: Config) -> dict[str, str]:
     """Digests of all that decides what comes out."""
     return {
         "model": model.digest,
-        "tokenizer": tokenizer_digest(folder),
-        "text": open_corpus(config.text).digest,
-        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+        **data_inputs(folder, config),
     }
 
 

@@ -120,8 +120,10 @@ class ProbeMaker:
         return tokens, np.insert(np.zeros(len(hay), bool), places, answers.reshape(-1))
 
     def _draw(self, count: int) -> np.ndarray:
-        """Distinct words while there are enough of them."""
-        return np.resize(self.rng.permutation(self.words), count)
+        """Distinct words if there are enough of them; never a period that would bring an answer nearer."""
+        if count <= len(self.words):
+            return self.rng.permutation(self.words)[:count]
+        return self.rng.choice(self.words, count)
 
 
 PROBES: dict[str, Callable[[ProbeMaker, int, int | None], Row]] = {

@@ -1,18 +1,48 @@
 """What analysis, healing and evaluation look at: text and recall probes of one split, for one tokenizer."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from layerboost.data.corpus import Corpus, Split
+from layerboost.artifacts import Record, text_digest
+from layerboost.data.corpus import Corpus, Split, open_corpus
 from layerboost.data.probes import PROBES, ProbeMaker, ordinary_tokens, probe_sequences
 from layerboost.data.sequences import Sequences, text_sequences, token_stream
 from layerboost.errors import DataError
+from layerboost.model.loading import tokenizer_digest
 
 TEXT = "text"
 _SEEDS = {"train": 11, "validation": 12, "held_out": 13}
+
+
+class DataConfig(Record):
+    """Settings of every verb that looks at data.
+
+    Attributes:
+        text: a file or folder of UTF-8 text instead of the built-in corpus.
+        seed: of everything that is drawn.
+    """
+
+    text: Path | None = None
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def data_inputs(folder: Path, config: DataConfig) -> dict[str, str]:
+    """Digests of what decides which tokens a verb looks at, and of all its settings.
+
+    Args:
+        folder: of the model whose tokenizer is used.
+    """
+    return {
+        "tokenizer": tokenizer_digest(folder),
+        "text": open_corpus(config.text).digest,
+        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+    }
 
 
 def samples(

@@ -2,15 +2,15 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field
 from safetensors import safe_open
 
-from layerboost.artifacts import Healing, LayerPlan, Record, check_output_folder, lock, text_digest, to_json
+from layerboost.artifacts import Healing, LayerPlan, check_output_folder, lock, to_json
 from layerboost.data.corpus import open_corpus
-from layerboost.data.samples import probe_lengths, samples, training_rows
+from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
 from layerboost.errors import CheckpointError, DataError
 from layerboost.heal.trainer import Healer, cast_weights, default_learning_rate, train
 from layerboost.model.hybrid import Hybrid
@@ -23,7 +23,6 @@ from layerboost.model.loading import (
     pick_device,
     plan_of,
     read_config,
-    tokenizer_digest,
     weight_files,
 )
 from layerboost.model.saving import save_hybrid
@@ -43,7 +42,7 @@ def token_count(value: Any) -> Any:
     return value
 
 
-class Config(Record):
+class Config(DataConfig):
     """What `heal` is told.
 
     Attributes:
@@ -55,7 +54,6 @@ class Config(Record):
         hidden_weight: of the hidden-state loss beside the KL.
         probe_share: share of the sequences that are recall probes.
         texts, answers: validation sequences of text, and of each probe.
-        text: a file or folder of UTF-8 text instead of the built-in corpus.
     """
 
     tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
@@ -67,9 +65,6 @@ class Config(Record):
     probe_share: float = Field(0.4, ge=0, le=1)
     texts: int = Field(16, ge=2)
     answers: int = Field(32, ge=2)
-    text: Path | None = None
-    seed: int = Field(0, ge=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
 def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
@@ -77,9 +72,7 @@ def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
     return {
         "hybrid": digest(hybrid),
         "model": digest(teacher),
-        "tokenizer": tokenizer_digest(teacher),
-        "text": open_corpus(config.text).digest,
-        "settings": text_digest(config.model_dump(mode="json", exclude={"text", "device"})),
+        **data_inputs(teacher, config),
     }
 
 

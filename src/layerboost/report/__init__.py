@@ -1,5 +1,6 @@
 """report: one self-contained HTML file, a view of what a run's artifacts say."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def ratio(found: Ratio) -> str:
 
 
 def readable_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1_000:
-            return f"{count:,.0f} {unit}"
-        count /= 1_000
-    return f"{count:,.1f} GB"
+    if count < 1_000:
+        return f"{count:,.0f} B"
+    power = min(3, int(math.log(count, 1_000)))
+    return f"{count / 1_000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}"

@@ -16,10 +16,10 @@ _STYLE = {
     "svg.hashsalt": "layerboost",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 11,
+    "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
 
@@ -33,7 +33,7 @@ def sensitivity_figure(sensitivity: Sensitivity) -> str:
     layers = np.arange(len(sensitivity.layers))
     width = 0.8 / max(1, len(labels))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(7.0, 0.32 * len(layers) * max(1, len(labels)) / 2), 4.6), layout="constrained")
+        figure = Figure(figsize=(max(9.5, 0.16 * len(layers) * max(1, len(labels))), 5.2), layout="constrained")
         for axes, (metric, title) in zip(
             figure.subplots(2, 1, sharex=True),
             (("text_kl", "Text: KL, nats per token"), ("recall_kl", "Recall answers: KL, nats per token")),
@@ -81,7 +81,7 @@ def healing_figure(healing: Healing) -> str:
     """Validation KL and recall over healed tokens."""
     tokens = [point.tokens for point in healing.curve]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.0, 2.6), layout="constrained")
+        figure = Figure(figsize=(9.5, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(tokens, [point.kl for point in healing.curve], marker="o", ms=3, color="#2f5d8a")
         left.set_title("Validation KL, nats per token")
