@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py --repeats 3
 
-Every repeat is a whole `layerboost demo` in an empty folder and a process of its own. Speed is the hybrid against the base
-model in the same process, interleaved, as `layerboost bench` measures it.
+Every repeat is a whole `layerboost demo` in an empty folder and a process of its own. Speed is hybrid against base
+in the same process, interleaved, as `layerboost bench` measures it.
 """
 
 import argparse
@@ -50,10 +50,9 @@ def main() -> None:
         medians = [result["speed"][phase]["median"] for result in results]
         print(f"{phase} speed, hybrid / base: {spread(medians, 2)}")
     for name in ("converted", "healed"):
-        found = [result["quality"][name] for result in results]
-        print(
-            f"{name}: KL {spread([q['kl'] for q in found], 3)}, recall {spread([q['recall']['mean'] for q in found], 3)}"
-        )
+        kl = [result["quality"][name]["kl"] for result in results]
+        recall = [result["quality"][name]["recall"]["mean"] for result in results]
+        print(f"{name}: KL {spread(kl, 3)}, recall {spread(recall, 3)}")
 
 
 if __name__ == "__main__":

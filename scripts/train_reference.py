@@ -48,6 +48,10 @@ STAGES = (
     Stage(1024, 0.35, 4096, 1.01, 0.01, 2.0),
 )
 
+# What a model that was trained so goes on with: all lengths in turn, and twice as many needles, which are learnt last.
+MORE = (Stage(256, 0.5, 4096, 1.0, 0.006), Stage(512, 0.5, 4096, 1.0, 0.006), Stage(1024, 0.5, 4096, 1.0, 0.006))
+MORE_PROBES = ("copy", "key_value", "needle", "needle")
+
 
 def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
@@ -211,8 +215,13 @@ def score(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: in
 def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.vocabulary)
-    model = build(args, len(tokenizer)).to(args.device).train()
+    if args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(args.vocabulary)
+        model = build(args, len(tokenizer))
+    model = model.to(args.device).train()
     batches = Batches(tokenizer, len(tokenizer), args.seed)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(batches.stream):,} tokens of text", flush=True
@@ -231,13 +240,19 @@ def train(args: argparse.Namespace) -> None:
     accuracy, text_loss = 0.0, math.nan
     started, next_score = time.monotonic(), 0.0
     while seen < args.tokens:
-        now = STAGES[stage]
-        if stage + 1 < len(STAGES) and (seen / args.tokens > now.until or accuracy > now.pass_accuracy):
+        now = MORE[step % len(MORE)] if args.start else STAGES[stage]
+        if (
+            not args.start
+            and stage + 1 < len(STAGES)
+            and (seen / args.tokens > now.until or accuracy > now.pass_accuracy)
+        ):
             stage, accuracy = stage + 1, 0.0
             now = STAGES[stage]
             print(f"stage {stage}: {now} at {seen:,} tokens", flush=True)
         probes = ("copy", "key_value", "needle")
-        if stage == 0:
+        if args.start:
+            probes = MORE_PROBES
+        elif stage == 0:
             probes = probes[:1] if accuracy < 0.6 else probes[:2]
         elif stage == 1:
             probes = probes[:2]
@@ -308,6 +323,7 @@ def save(model, tokenizer, out: Path, args: argparse.Namespace, curve: list[dict
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(out)
     record = {
+        "before": json.loads((Path(args.start) / "training.json").read_text()) if args.start else None,
         "arguments": vars(args),
         "corpus_digest": standard_library().digest,
         "torch": torch.__version__,
@@ -329,6 +345,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--start", help="go on from this folder, with other data: give another --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
