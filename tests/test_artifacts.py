@@ -73,6 +73,26 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     write_folder(tmp_path / "empty")
 
 
+def test_a_manifest_of_someone_else_does_not_make_a_folder_ours(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(UsageError, match="was not written by layerboost"):
+        write_folder(tmp_path / "out")
+    write_folder(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("added later")
+    with pytest.raises(UsageError, match="was not written by layerboost"):
+        write_folder(tmp_path / "mine")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for text in ("first", "second"):
+        write_folder(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "sub" / "a.txt").read_text() == text
+
+
 def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "stale.txt").write_text("stale")
@@ -151,6 +171,7 @@ def test_one_writer_and_a_dead_one_does_not_count(tmp_path):
         ("[]", "must hold one JSON object, found list"),
         ("\ud800", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
+        ('{"schema": ' + "9" * 5_000 + "}", "cannot be read"),
     ],
 )
 def test_files_that_are_not_json(tmp_path, text, message):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layerboost.data.corpus import open_corpus, split_of, standard_library
 from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
-from layerboost.data.samples import samples, training_rows
+from layerboost.data.samples import recall_pairs, samples, training_rows
 from layerboost.data.sequences import text_sequences, token_stream
 from layerboost.errors import DataError
 from tests.tiny import tokenizer
@@ -48,7 +48,8 @@ def test_splits_cover_everything_once_and_depend_on_the_name_alone():
 
 
 def test_the_digest_notices_every_change(tmp_path):
-    (tmp_path / "a.txt").write_text("one two three")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("one two three")
     first = open_corpus(tmp_path).digest
     assert open_corpus(tmp_path).digest == first
     (tmp_path / "a.txt").write_text("one two thre")
@@ -63,8 +64,9 @@ def test_users_own_text(tmp_path):
     corpus = open_corpus(tmp_path)
     names = [d.name for d in corpus.documents]
     assert [n for n in names if n.startswith("rows")] == [f"rows.jsonl#{n}" for n in range(5)]
-    assert len([n for n in names if n.startswith("sub/long.txt")]) == 7
+    assert len([n for n in names if n.startswith("sub/long.txt")]) == 25
     assert open_corpus(tmp_path / "rows.jsonl").documents[3].text == "row 3"
+    assert all(corpus.split(split) for split in SPLITS)
 
 
 def test_text_that_cannot_be_used(tmp_path):
@@ -78,7 +80,8 @@ def test_text_that_cannot_be_used(tmp_path):
 
 
 def test_tiny_text_says_what_is_missing(tmp_path):
-    (tmp_path / "a.txt").write_text("only a little text")
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("only a little text")
     with pytest.raises(DataError, match="split holds 0 sequences of 96 tokens"):
         samples(
             open_corpus(tmp_path), tokenizer(), 258, split="train", texts=4, answers=4, length=96, distance=40
@@ -147,6 +150,24 @@ def test_pairs():
     for pair, tokens in zip(as_pairs(sequences), sequences.tokens.tolist(), strict=True):
         assert pair["prompt"] + pair["answer"] == tokens
         assert len(pair["answer"]) == 2
+
+
+def test_pairs_for_any_tokenizer():
+    for pair in recall_pairs(tokenizer(), 258, "key_value", count=3):
+        assert len(pair["prompt"]) + len(pair["answer"]) == 256
+        assert max(pair["prompt"]) < 258
+
+
+def test_every_split_of_small_text_has_something(tmp_path):
+    for count in range(1, 12):
+        (tmp_path / f"{count}.txt").write_text("only a little text")
+        if count < 3:
+            with pytest.raises(DataError, match="need one each, so give more text"):
+                open_corpus(tmp_path)
+        else:
+            corpus = open_corpus(tmp_path)
+            assert all(corpus.split(split) for split in SPLITS)
+            assert sum(len(corpus.split(split)) for split in SPLITS) == count
 
 
 def test_impossible_probes_are_refused():

@@ -13,6 +13,7 @@ from layerboost.artifacts import Plan
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, DataError, TrainingError, UsageError
 from layerboost.heal import trainer
+from layerboost.heal.checkpoint import save_step, steps
 from layerboost.heal.losses import chunked_kl, hidden_loss
 from layerboost.heal.trainer import Healer, adapted_modules, schedule
 from layerboost.model.loading import load_model, load_original
@@ -167,6 +168,20 @@ def test_states_of_other_settings_are_passed_over(tiny, hybrid, tmp_path, monkey
     heal.run(hybrid, tiny, other, out=tmp_path / "beside", steps_folder=tmp_path / "steps")
     fresh, beside = (tmp_path / name / "model.safetensors" for name in ("fresh", "beside"))
     assert beside.read_bytes() == fresh.read_bytes()
+
+
+def test_states_of_other_settings_make_room(tmp_path, monkeypatch):
+    """They would have higher step numbers, and be kept in place of the new ones."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    for step, inputs in ((500, {"a": "old"}), (600, {"a": "old"}), (50, {"a": "new"})):
+        save_step(tmp_path, step, {"p": parameter}, optimizer, {"curve": []}, inputs)
+    assert [step for step, _ in steps(tmp_path)] == [50]
+    for step in (60, 70, 80):
+        save_step(tmp_path, step, {"p": parameter}, optimizer, {"curve": []}, {"a": "new"})
+    assert [step for step, _ in steps(tmp_path)] == [70, 80]
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tiny, hybrid, tmp_path, monkeypatch):

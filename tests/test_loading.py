@@ -11,8 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from layerboost import convert
 from layerboost.artifacts import KVShape, Plan
-from layerboost.errors import CheckpointError, PlanError
-from layerboost.model.loading import describe, digest, find_model, load_original, load_tokenizer, read_config
+from layerboost.errors import CheckpointError, EnvironmentTrouble, PlanError
+from layerboost.model.loading import (
+    describe,
+    digest,
+    find_model,
+    load_original,
+    load_tokenizer,
+    pick_device,
+    read_config,
+)
 from tests.tiny import FULL, NONE, make_checkpoint, some_tokens, window
 
 
@@ -59,6 +67,15 @@ def test_models_that_are_not_there(tmp_path):
         ({"num_hidden_layers": 3, "layer_types": None}, "no place for: model.layers.3"),
         ({"num_hidden_layers": 5}, "is not a valid qwen3 configuration"),
         ({"hidden_size": 64}, "another shape"),
+        ({"hidden_act": "foo"}, "is not a valid qwen3 configuration"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number of at least 1, found 0"),
+        ({"head_dim": 0}, "head_dim must be a whole number"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be"),
+        ({"intermediate_size": -5}, "intermediate_size must be"),
+        ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "is not a valid qwen3 configuration"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "is not a valid qwen3 configuration"),
+        ({"pad_token_id": 9_999}, "is not a valid qwen3 configuration"),
+        ({"attn_implementation": "flash_attention_2"}, "cannot be loaded|is not a valid"),
         ({"vocab_size": 300}, "another shape.*embed_tokens"),
     ],
 )
@@ -105,6 +122,32 @@ def test_sharded_checkpoints_open(tiny, tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     tokens = some_tokens(1, 20)
     assert torch.equal(load_original(tmp_path / "shards")(tokens).logits, model(tokens).logits)
+
+
+def test_whole_weights_win_over_shards_as_they_do_in_transformers(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "stale.safetensors"}}))
+    first = digest(folder)
+    edit_weights(folder, lambda t: t["model.norm.weight"].add_(1))
+    assert digest(folder) != first
+    load_original(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        load_original(folder)
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(EnvironmentTrouble, match="device mps is not available; use cpu"):
+        pick_device("mps")
+
+
+def test_generation_settings_that_transformers_refuses_to_write(folder, tmp_path):
+    odd = json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    (folder / "generation_config.json").write_text(odd)
+    out = convert.run(folder, Plan(layers=[NONE, FULL, FULL, FULL]), out=tmp_path / "hybrid")
+    assert (out / "generation_config.json").read_text() == odd
 
 
 class Boom:

@@ -9,11 +9,12 @@ import time
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import layerboost  # noqa: F401, teaches transformers the hybrids
 from layerboost import analyze, heal, pipeline
-from layerboost.errors import EnvironmentTrouble, UsageError
+from layerboost.errors import EnvironmentTrouble, PlanError, UsageError
 from layerboost.estimate import count_parameters, estimate
 from layerboost.model.loading import read_config
 from layerboost.recipe import Recipe, load_recipe
@@ -121,6 +122,31 @@ def test_a_plan_edited_by_hand_is_followed(tiny, tmp_path, recipe):
     result = pipeline.run(tiny, recipe, out=tmp_path / "run")
     assert result.plan["layers"] == ["no_attention", "full_attention", "sliding_attention", "full_attention"]
     assert result.plan["windows"] == [None, None, 5, None]
+
+
+def test_a_plan_written_by_hand_is_kept_whatever_the_settings(tiny, tmp_path, recipe, capsys):
+    layers = [{"mixer": "full_attention"}] * 3 + [{"mixer": "no_attention"}]
+    (tmp_path / "run").mkdir()
+    plan = tmp_path / "run" / "plan.json"
+    plan.write_text(json.dumps({"schema": 1, "layers": layers}))
+    written = plan.read_bytes()
+    result = pipeline.run(tiny, recipe, out=tmp_path / "run")
+    assert result.plan["layers"] == ["full_attention"] * 3 + ["no_attention"]
+    assert plan.read_bytes() == written
+    plan.write_text(json.dumps({"schema": 1, "layers": layers})[:-1] + ",}")
+    with pytest.raises(PlanError, match="is not JSON"):
+        pipeline.run(tiny, recipe, out=tmp_path / "run")
+    assert plan.read_text().endswith(",}")
+
+
+def test_one_flipped_bit_in_a_result_is_noticed(finished, tiny, recipe):
+    out, _ = finished
+    for name in ("hybrid", "healed"):
+        weights = out / name / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        pipeline.run(tiny, recipe, out=out)
+        assert weights.read_bytes() == before
 
 
 def test_damaged_results_are_made_again(finished, tiny, recipe):
@@ -287,6 +313,9 @@ class TestRecipe:
             ("plan.planner=best", "plan.planner"),
             ("heal.tokens=many", "is not a number of tokens"),
             ("heal=5", "heal"),
+            ("heal.seed=2024-13-45", "the value is not YAML"),
+            ("heal.seed=" + "[" * 5_000, "the value is not YAML"),
+            ("device=gpu", "device"),
         ],
     )
     def test_wrong_overrides(self, override, message):
@@ -308,6 +337,10 @@ class TestRecipe:
         (tmp_path / "empty.yaml").write_text("")
         assert load_recipe(tmp_path / "empty.yaml") == Recipe()
 
-    def test_the_written_recipe_reads_back(self, finished, recipe):
+    def test_the_written_recipe_reads_back_to_the_same_settings(self, finished, recipe, tmp_path):
         out, _ = finished
-        assert load_recipe(out / "recipe.yaml") == recipe
+        assert load_recipe(out / "recipe.yaml").resolved() == recipe.resolved()
+        shared = load_recipe("default", ["seed=3", f"text={tmp_path}"])
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(shared.resolved()))
+        again = load_recipe(tmp_path / "recipe.yaml").section(heal.Config, "heal")
+        assert (again.seed, again.text) == (3, tmp_path)

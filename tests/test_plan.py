@@ -168,6 +168,23 @@ def test_budgets_that_cannot_be_met_say_what_can():
         plan.run(found, plan.Config(max_loss=0.0, at_least=plan.AtLeast(no_attention=1)))
 
 
+def test_settings_that_the_planner_would_not_look_at_are_refused():
+    found = sensitivity([(1, 0, 0)] * 4)
+    tiers = {"planner": "tiers", "tiers": plan.Tiers(full=1, sliding=1)}
+    for more in ({"kv_reduction": 0.9}, {"max_loss": 0.0}, {"at_least": plan.AtLeast(no_attention=1)}):
+        with pytest.raises(PlanError, match="planner tiers knows no budget"):
+            plan.run(found, plan.Config(**tiers, **more))
+    with pytest.raises(PlanError, match="are for planner tiers"):
+        plan.run(found, plan.Config(tiers=plan.Tiers(full=1)))
+
+
+def test_a_plan_knows_whether_it_was_edited(tmp_path):
+    made = plan.run(sensitivity([(1, 0.2, 0.1)] * 4), out=tmp_path / "plan.json")
+    assert not plan.edited(load(Plan, tmp_path / "plan.json"))
+    assert plan.edited(made.model_copy(update={"layers": [FULL] * 4}))
+    assert plan.edited(Plan(layers=[FULL] * 4))
+
+
 def test_the_file_reads_back(tmp_path):
     made = plan.run(sensitivity([(1, 0.2, 0.1)] * 4), out=tmp_path / "plan.json")
     assert load(Plan, tmp_path / "plan.json") == made

@@ -37,6 +37,24 @@ def test_scores_token_by_token_in_float64(monkeypatch, elements):
             assert found[metric][n] == pytest.approx(np.mean(values) if values else 0.0, abs=1e-5)
 
 
+def test_masks_may_live_on_another_device():
+    """The device of the scores decides nothing; a meta mask would fail if it were used as it is."""
+    scores = scoring.TokenScores(*(torch.ones(3) for _ in range(3)))
+    moved = []
+
+    class Mask:
+        def cpu(self):
+            moved.append(True)
+            return torch.tensor([[False, True, True], [False, False, True]])
+
+    assert scores.per_sequence(Mask())["nll"].tolist() == [1.0, 1.0]
+    assert moved
+
+
+def test_an_absurd_loss_still_fits_into_a_file():
+    assert np.isfinite(quality(5_000.0, 1.0).perplexity)
+
+
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = 0

@@ -335,10 +335,10 @@ def read_json(path: Path, error: type[LayerBoostError] = UsageError) -> dict[str
         raise error(f"{path} does not exist") from None
     except IsADirectoryError:
         raise error(f"{path} is a folder; a JSON file is needed") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as trouble:
-        raise error(f"{path} cannot be read: {trouble}") from None
     except json.JSONDecodeError as trouble:
         raise error(f"{path} is not JSON: line {trouble.lineno}, column {trouble.colno}: {trouble.msg}") from None
+    except (OSError, ValueError, RecursionError) as trouble:
+        raise error(f"{path} cannot be read: {trouble}") from None
     if not isinstance(raw, dict):
         raise error(f"{path} must hold one JSON object, found {type(raw).__name__}")
     return raw
@@ -409,7 +409,7 @@ def publish_folder(final: Path, inputs: dict[str, str] | None = None) -> Iterato
         EnvironmentTrouble: the disk is full, or another process writes the same folder.
     """
     check_output_folder(final)
-    final = final.absolute()
+    final = final.resolve()
     partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     with disk_trouble(final):
         partial.mkdir(parents=True, exist_ok=True)
@@ -436,8 +436,23 @@ def publish_folder(final: Path, inputs: dict[str, str] | None = None) -> Iterato
 
 def check_output_folder(final: Path) -> None:
     """Raises UsageError if writing this folder would overwrite something that is not LayerBoost's."""
-    if final.exists() and not (final.is_dir() and ((final / MANIFEST).is_file() or not any(final.iterdir()))):
+    if not final.exists():
+        return
+    inside = {path.name for path in final.iterdir()} - {LOCK} if final.is_dir() else {""}
+    if inside and not inside <= _written(final):
         raise UsageError(f"{final} exists and was not written by layerboost; name another --out, or remove it")
+
+
+def _written(folder: Path) -> set[str]:
+    """Names at the top of a folder that its manifest says layerboost wrote."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UsageError:
+        return set()
+    files = manifest.get("files")
+    if manifest.get("schema") != 1 or not isinstance(files, dict):
+        return set()
+    return {MANIFEST, *(name.partition("/")[0] for name in files)}
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -482,7 +497,7 @@ def intact(folder: Path, *, deep: bool = False) -> bool:
 
 def recorded_inputs(path: Path) -> dict[str, str] | None:
     """What a file or folder was made from; None if it is missing or not intact."""
-    if path.is_dir() and not intact(path):
+    if path.is_dir() and not intact(path, deep=True):
         return None
     try:
         inputs = read_json(path / MANIFEST if path.is_dir() else path).get("inputs")

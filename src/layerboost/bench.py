@@ -11,9 +11,9 @@ from pydantic import Field
 from transformers import DynamicCache
 
 from layerboost.artifacts import Bench, Ratio, Record, save, text_digest
-from layerboost.errors import CheckpointError, DataError
+from layerboost.errors import DataError
 from layerboost.model.cache import cache_bytes
-from layerboost.model.loading import digest, find_model, is_hybrid, load_model, pick_device, plan_of, read_config
+from layerboost.model.loading import check_pair, digest, find_model, load_model, pick_device, plan_of, read_config
 from layerboost.progress import progress
 from layerboost.provenance import provenance
 
@@ -55,10 +55,9 @@ def run(hybrid: str | Path, against: str | Path, config: Config | None = None, *
     """
     config = config or Config()
     hybrid_folder, folder = find_model(hybrid), find_model(against)
-    plan_of(read_config(hybrid_folder), hybrid_folder)
-    base_config = read_config(folder)
-    if is_hybrid(base_config):
-        raise CheckpointError(f"{folder} is a hybrid; name the original model with --against")
+    hybrid_config, base_config = read_config(hybrid_folder), read_config(folder)
+    plan_of(hybrid_config, hybrid_folder)
+    check_pair(hybrid_folder, hybrid_config, folder, base_config)
     context = _context(config, base_config.max_position_embeddings)
     device = pick_device(config.device)
     dtype = torch.float32 if device == "cpu" else None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from layerboost import __version__
@@ -221,11 +222,13 @@ def inspect(
         return
     kv, origin = facts["kv_bytes"], facts["provenance"].get("base", {})
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"{facts['name']} ({facts['model_type']}{'' if facts['hybrid'] else ', not a hybrid'})")
+    table.add_row(
+        "model", f"{escape(facts['name'])} ({facts['model_type']}{'' if facts['hybrid'] else ', not a hybrid'})"
+    )
     table.add_row("digest", facts["digest"][:16])
     if origin:
         healing = facts["provenance"].get("healing")
-        table.add_row("made from", f"{origin['name']}, digest {origin['digest'][:16]}")
+        table.add_row("made from", f"{escape(origin.get('name', ''))}, digest {origin.get('digest', '')[:16]}")
         table.add_row("healed", f"{healing['tokens']:,} tokens" if healing else "no")
     table.add_row("parameters", f"{facts['parameters']:,}")
     table.add_row("layers", _layer_runs(facts["layers"]))

@@ -5,7 +5,7 @@
     ├── CheckpointError             3   a model that cannot be read, or read faithfully
     ├── PlanError                   4   a plan or sensitivity that does not fit, or a budget that cannot be met
     ├── DataError                   5   too little data, or data that cannot be read
-    ├── EnvironmentTrouble          6   disk full, folder locked, a missing package
+    ├── EnvironmentTrouble          6   disk full, folder locked, no such device, out of memory
     └── TrainingError               7   a loss or weight that is not finite
                                   130   interrupted; the same command goes on
 

@@ -14,9 +14,9 @@ from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
 from layerboost.model.loading import (
+    check_pair,
     digest,
     find_model,
-    is_hybrid,
     load_model,
     load_original,
     load_tokenizer,
@@ -76,15 +76,13 @@ def run(
     """
     config = config or Config()
     hybrid_folder, folder = find_model(hybrid), find_model(against)
-    layers = plan_of(read_config(hybrid_folder), hybrid_folder)
-    base_config = read_config(folder)
-    if is_hybrid(base_config):
-        raise CheckpointError(f"{folder} is a hybrid; name the original model with --against")
+    hybrid_config, base_config = read_config(hybrid_folder), read_config(folder)
+    layers = plan_of(hybrid_config, hybrid_folder)
+    check_pair(hybrid_folder, hybrid_config, folder, base_config)
     device = pick_device(config.device)
     dtype = torch.float32 if device == "cpu" else None
     healed = load_model(hybrid_folder, dtype=dtype, device=device)
     base = load_model(folder, dtype=dtype, device=device)
-    _check_pair(healed, base, hybrid_folder, folder)
     converted = load_original(folder, dtype=dtype, device=device)
     converted.convert(layers)
     windows = [plan.window for plan in layers if plan.window is not None]
@@ -110,15 +108,6 @@ def run(
     if out is not None:
         save(evaluation, out)
     return evaluation
-
-
-def _check_pair(hybrid: Any, base: Any, hybrid_folder: Path, folder: Path) -> None:
-    for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(hybrid.config, key), getattr(base.config, key)
-        if ours != theirs:
-            raise CheckpointError(
-                f"{hybrid_folder} has {key} {ours}, {folder} has {theirs}; name the model the hybrid was made from"
-            )
 
 
 def measure(
@@ -148,7 +137,8 @@ def _quality(values: dict[str, np.ndarray]) -> Quality:
     # probes have equally many answers, so the mean over probes is the mean over the rows of all of them together
     recall["mean"] = estimate(np.stack([values[f"{probe}.hit"] for probe in PROBES]).mean(0))
     nll = estimate(values[f"{TEXT}.nll"])
-    return Quality(nll=nll, kl=estimate(values[f"{TEXT}.kl"]), perplexity=float(np.exp(nll.mean)), recall=recall)
+    perplexity = float(np.exp(min(nll.mean, 700.0)))  # infinity has no place in a file
+    return Quality(nll=nll, kl=estimate(values[f"{TEXT}.kl"]), perplexity=perplexity, recall=recall)
 
 
 @torch.no_grad()

@@ -48,9 +48,9 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         check_output_folder(out / name)
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
-    check_space(out, estimate(read_config(folder), recipe).disk_bytes)
+    check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
     with lock(out):
-        write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False))
         analyzed = recipe.section(analyze.Config, "analyze")
         _stage(
             "analyze", out / "sensitivity.json", analyze.inputs(record, folder, analyzed),
@@ -58,11 +58,7 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         )  # fmt: skip
         sensitivity = load(Sensitivity, out / "sensitivity.json")
         planned = recipe.section(plan.Config, "plan")
-        _stage(
-            "plan", out / "plan.json", plan.inputs(sensitivity, planned),
-            lambda path: plan.run(sensitivity, planned, out=path),
-        )  # fmt: skip
-        chosen = load(Plan, out / "plan.json")
+        chosen = _plan(out / "plan.json", sensitivity, planned)
         _stage(
             "convert", out / "hybrid", convert.inputs(record, folder, chosen),
             lambda path: convert.run(model, chosen, out=path),
@@ -88,6 +84,17 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     return found
 
 
+def _plan(path: Path, sensitivity: Sensitivity, config: plan.Config) -> Plan:
+    """The plan that stands there if a person had a hand in it, else one that is current."""
+    if path.exists():
+        found = load(Plan, path)
+        if plan.edited(found):
+            say(f"plan: {path} was edited by hand and is followed; remove it to plan again")
+            return found
+    _stage("plan", path, plan.inputs(sensitivity, config), lambda to: plan.run(sensitivity, config, out=to))
+    return load(Plan, path)
+
+
 def _stage(name: str, path: Path, inputs: dict[str, str], make: Callable[[Path], Any]) -> None:
     if recorded_inputs(path) == inputs:
         say(f"{name}: {path} is current")
@@ -96,6 +103,10 @@ def _stage(name: str, path: Path, inputs: dict[str, str], make: Callable[[Path],
     started = time.monotonic()
     make(path)
     say(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def result(out: Path) -> Result:

@@ -1,6 +1,7 @@
 """Where an artifact comes from: versions, machine and settings."""
 
 import platform
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -30,7 +31,7 @@ def base_provenance(model: ModelRecord) -> dict[str, Any]:
 
 def command() -> str:
     """The command line that this process was started with."""
-    return " ".join(["layerboost", *sys.argv[1:]])
+    return shlex.join(["layerboost", *sys.argv[1:]])
 
 
 def _version(package: str) -> str:

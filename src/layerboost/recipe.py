@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field
@@ -30,7 +30,7 @@ class Recipe(Record):
     bench: BenchConfig = BenchConfig()
     text: Path | None = None
     seed: int = Field(0, ge=0)
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     def section(self, kind: type[AnyRecord], verb: str) -> AnyRecord:
         """A verb's settings with the shared ones filled in."""
@@ -40,6 +40,11 @@ class Recipe(Record):
             if key in kind.model_fields and key in self.model_fields_set:
                 raw.setdefault(key, getattr(self, key))
         return validate(kind, raw, f"recipe: {verb}", UsageError)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every verb's settings in full, as plain values that read back to the same."""
+        verbs = ("analyze", "plan", "heal", "evaluate", "bench")
+        return {verb: self.section(type(getattr(self, verb)), verb).model_dump(mode="json") for verb in verbs}
 
 
 def shipped() -> list[str]:
@@ -67,7 +72,7 @@ def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
             ) from None
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as trouble:
+    except (yaml.YAMLError, ValueError, RecursionError) as trouble:
         raise UsageError(f"recipe {name} is not YAML: {' '.join(str(trouble).split())}") from None
     if raw is None:
         raw = {}
@@ -87,7 +92,7 @@ def configured(
             raise UsageError(f"{override!r} is not an override; write key=value, such as heal.tokens=200k")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"{override!r}: the value is not YAML; quote it") from None
         _put(raw, key.split("."), parsed, override)
     return validate(kind, raw, where, UsageError)

@@ -29,6 +29,7 @@ class TokenScores:
 
     def per_sequence(self, scored: Tensor) -> dict[str, np.ndarray]:
         """Means over each sequence's scored tokens, `[N]`, for `scored` of shape `[N, T]`."""
+        scored = scored.cpu()
         rows = scored[:, 1:].nonzero()[:, 0]
         count = torch.bincount(rows, minlength=scored.shape[0]).clamp(min=1)
         return {

@@ -82,7 +82,8 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
     config = config or Config()
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
-    loaded = load_original(folder, dtype=torch.float32, device=pick_device(config.device))
+    device = pick_device(config.device)
+    loaded = load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
     tokenizer = load_tokenizer(folder)
     windows = default_windows(record.context) if config.windows is None else config.windows
     candidates = candidates_for(record, windows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from layerboost.errors import DataError
 
@@ -38,16 +38,30 @@ class Corpus:
             total.update(document.text.encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Every document's split: by the hash of its name. A split that would be empty takes one from train."""
+        found = {document.name: split_of(document.name) for document in self.documents}
+        for split in get_args(Split):
+            train = sorted((_hash(name), name) for name in found if found[name] == "train")
+            if split not in found.values() and len(train) > 1:
+                found[train[0][1]] = split
+        return found
+
     def split(self, split: Split) -> list[Document]:
-        return [document for document in self.documents if split_of(document.name) == split]
+        return [document for document in self.documents if self.splits[document.name] == split]
 
 
 def split_of(name: str) -> Split:
     """Held-out 5 %, validation 5 %, train the rest, by the hash of the document's name alone."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8]) % 100
+    bucket = _hash(name) % 100
     if bucket < 5:
         return "held_out"
     return "validation" if bucket < 10 else "train"
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8])
 
 
 def read_documents(root: Path, files: Iterable[Path]) -> tuple[Document, ...]:
@@ -71,7 +85,7 @@ def standard_library() -> Corpus:
     return Corpus("python-standard-library", read_documents(root, files))
 
 
-_PIECE = 16_384
+_PIECE = 4_096
 
 
 def open_corpus(source: Path | None) -> Corpus:
@@ -79,10 +93,10 @@ def open_corpus(source: Path | None) -> Corpus:
 
     Args:
         source: a UTF-8 text file, a `.jsonl` file of objects with a `text` key, or a folder of such files. Long files
-            are cut into pieces of 16,384 characters, so that every split gets some.
+            are cut into pieces of 4,096 characters, so that every split gets some.
 
     Raises:
-        DataError: nothing there, or nothing that can be read.
+        DataError: nothing there, nothing that can be read, or too little for every split.
     """
     if source is None:
         return standard_library()
@@ -93,7 +107,13 @@ def open_corpus(source: Path | None) -> Corpus:
     pieces = [piece for document in documents for piece in _pieces(document)]
     if not pieces:
         raise DataError(f"text {source} holds no UTF-8 text; name a file or a folder of UTF-8 text")
-    return Corpus(source.name, tuple(pieces))
+    corpus = Corpus(source.name, tuple(pieces))
+    if len(set(corpus.splits.values())) < len(get_args(Split)):
+        raise DataError(
+            f"text {source} holds {len(pieces)} pieces; train, validation and held-out split need one each, "
+            "so give more text"
+        )
+    return corpus
 
 
 def _pieces(document: Document) -> Iterable[Document]:

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from layerboost.artifacts import Record, text_digest
-from layerboost.data.corpus import Corpus, Split, open_corpus
-from layerboost.data.probes import PROBES, ProbeMaker, ordinary_tokens, probe_sequences
+from layerboost.data.corpus import Corpus, Split, open_corpus, standard_library
+from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
 from layerboost.data.sequences import Sequences, text_sequences, token_stream
 from layerboost.errors import DataError
 from layerboost.model.loading import tokenizer_digest
@@ -80,6 +80,28 @@ def samples(
     return {TEXT: text} | {
         probe: probe_sequences(maker, probe, count=answers, length=length, distance=distance) for probe in PROBES
     }
+
+
+def recall_pairs(
+    tokenizer: Any,
+    vocabulary: int,
+    probe: str,
+    *,
+    count: int,
+    length: int = 256,
+    distance: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, list[int]]]:
+    """Recall questions as `{"prompt", "answer"}` pairs of token ids, for any tokenizer; text is the built-in corpus.
+
+    Args:
+        vocabulary: ids the model has embeddings for.
+        probe: a name in `PROBES`.
+        length: tokens of prompt and answer together.
+        distance: fewest tokens between the answer and its source; None is half the length.
+    """
+    maker = probe_maker(standard_library(), tokenizer, vocabulary, split="train", length=length, seed=seed)
+    return as_pairs(probe_sequences(maker, probe, count=count, length=length, distance=distance or length // 2))
 
 
 def probe_maker(corpus: Corpus, tokenizer: Any, vocabulary: int, *, split: Split, length: int, seed: int) -> ProbeMaker:

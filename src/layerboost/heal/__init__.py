@@ -111,8 +111,8 @@ def run(
     model = model.to(device)
     made_from = inputs(student_folder, folder, config)
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
+    rows, validation = _data(model, load_tokenizer(folder), layers, config)
     with lock(steps_folder):
-        rows, validation = _data(model, load_tokenizer(folder), layers, config)
         healer = Healer(model, layers, config)
         steps, curve = train(healer, rows, validation, steps_folder, made_from)
         if not healer.changes:

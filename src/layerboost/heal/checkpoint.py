@@ -27,7 +27,7 @@ def save_step(
     state: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
-    """Publish `step-NNNNNN` and drop all but the newest two."""
+    """Publish `step-NNNNNN`; drop all but the newest two of this healing, and those of any other."""
     with publish_folder(folder / f"step-{step:06}", inputs) as partial:
         moments = {
             f"{moment}.{name}": optimizer.state[tensor][moment]
@@ -42,8 +42,10 @@ def save_step(
         except SafetensorError as trouble:
             raise EnvironmentTrouble(f"{folder} cannot be written: {trouble}; free some space and run again") from None
         (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    for _, old in steps(folder)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    own = [path for _, path in steps(folder) if recorded_inputs(path) == inputs]
+    for _, path in steps(folder):
+        if path not in own[-_KEPT:]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:

@@ -104,7 +104,7 @@ class Healer:
 
     def merged(self, dtype: torch.dtype) -> Hybrid:
         """The student as a model of its own; this object is spent afterwards."""
-        cast_weights(self.model, torch.float32)  # a low-precision merge would swallow small updates
+        cast_weights(self.model.cpu(), torch.float32)  # a low-precision merge would swallow small updates
         return cast_weights(self.peft.merge_and_unload(), dtype)
 
 
@@ -162,8 +162,7 @@ def train(
             batch = rows[step * config.batch : (step + 1) * config.batch]
             optimizer.zero_grad(set_to_none=True)
             loss = healer.loss(batch)
-            with healer.student():  # checkpointed parts run again
-                loss.backward()
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(healer.parameters.values(), 1.0)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
                 raise TrainingError(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layerboost.artifacts import KVShape, LayerPlan, ModelRecord, full_plan, parse_layers, read_json
-from layerboost.errors import CheckpointError
+from layerboost.errors import CheckpointError, EnvironmentTrouble
 from layerboost.model.config import (
     PREFIX,
     base_config_class,
@@ -29,7 +29,7 @@ from layerboost.model.hybrid import Hybrid, check_tensors, model_class
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+_WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def find_model(source: str | Path) -> Path:
@@ -93,13 +93,40 @@ def read_config(folder: Path) -> PreTrainedConfig:
     made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
     try:
         config = made.from_dict(raw)
-        if not (config.num_hidden_layers >= 1 and config.vocab_size >= 1 and config.hidden_size >= 1):
-            raise ValueError("num_hidden_layers, vocab_size and hidden_size must be at least 1")
+        _check_values(config)
     except Exception as trouble:  # configuration classes raise whatever a wrong value runs into
         raise CheckpointError(
             f"{folder / 'config.json'} is not a valid {model_type} configuration: {_line(trouble)}"
         ) from None
     return config
+
+
+def _check_values(config: PreTrainedConfig) -> None:
+    """Raises whatever the family's own code raises on values it cannot work with; nothing is allocated."""
+    sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    for key in (*sizes, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window"):
+        value = getattr(config, key, None)
+        optional = value is None and key in ("head_dim", "sliding_window")
+        if not optional and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
+    with torch.device("meta"):
+        MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family_of(config))](config)
+
+
+def check_pair(hybrid: Path, hybrid_config: PreTrainedConfig, base: Path, base_config: PreTrainedConfig) -> None:
+    """Raises CheckpointError unless the hybrid was made from this base model."""
+    if is_hybrid(base_config):
+        raise CheckpointError(f"{base} is a hybrid; name the original model")
+    for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        ours, theirs = getattr(hybrid_config, key), getattr(base_config, key)
+        if ours != theirs:
+            raise CheckpointError(f"{hybrid} has {key} {ours}, {base} has {theirs}; name the model it was made from")
+    origin = hybrid_config.layerboost.get("provenance", {}).get("base", {}).get("digest")
+    if origin is not None and origin != digest(base):
+        raise CheckpointError(
+            f"{hybrid} was made from a model of digest {origin[:12]}, {base} has {digest(base)[:12]}; name the model "
+            "it was made from"
+        )
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
@@ -111,7 +138,19 @@ def plan_of(config: PreTrainedConfig, folder: Path) -> list[LayerPlan]:
     if not is_hybrid(config):
         raise CheckpointError(f"{folder} is a {config.model_type} model, not a hybrid; convert it first")
     spec = getattr(config, "layerboost", None)
-    return parse_layers(spec.get("layers") if isinstance(spec, dict) else None, f"{folder / 'config.json'}: layerboost")
+    where = f"{folder / 'config.json'}: layerboost"
+    if not isinstance(spec, dict) or not _is_provenance(spec.get("provenance", {})):
+        raise CheckpointError(f"{where}: schema, layers or provenance are not as layerboost writes them; convert again")
+    return parse_layers(spec.get("layers"), where)
+
+
+def _is_provenance(value: Any) -> bool:
+    """Objects where objects are expected, text and numbers in them."""
+    if not isinstance(value, dict):
+        return False
+    base, healing = value.get("base", {}), value.get("healing", {})
+    texts = isinstance(base, dict) and all(isinstance(text, str) for text in base.values())
+    return texts and isinstance(healing, dict) and isinstance(healing.get("tokens", 0), int)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -120,8 +159,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: none, a shard missing, a truncated file, or pickled weights alone.
     """
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} holds an adapter beside the weights; merge it into the model first")
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():
         shards = read_json(index, CheckpointError).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise CheckpointError(f"{index}: key weight_map must map tensor names to files")
@@ -214,7 +255,7 @@ def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype 
         check_tensors(info, folder)
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as trouble:
+    except Exception as trouble:  # whatever a family's code runs into on files it was not made for
         raise CheckpointError(f"{folder} cannot be loaded as {config.model_type}: {_line(trouble)}") from None
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
@@ -251,10 +292,15 @@ def is_tokenizer_file(path: Path) -> bool:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is the accelerator if there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is the GPU if there is one; raises EnvironmentTrouble if a named device is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        raise EnvironmentTrouble(
+            f"device {name} is not available; use {', '.join(d for d in there if there[d])} or auto"
+        )
+    return name
 
 
 def _line(trouble: Exception) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from layerboost.artifacts import LayerPlan, check_space, publish_folder
 from layerboost.errors import CheckpointError, EnvironmentTrouble, TrainingError
@@ -63,12 +64,16 @@ def save_hybrid(
             raise TrainingError(f"tensor {name} holds values that are not finite; {out} was not written")
     check_space(out, sum(p.numel() * p.element_size() for p in model.parameters()))
     with publish_folder(out, inputs) as folder:
+        generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
+            # the original's is copied as it is; many hold settings that transformers refuses to write
             model.save_pretrained(folder)
         except SafetensorError as trouble:
             raise EnvironmentTrouble(
                 f"{out} cannot be written: {trouble}; free some space and run the same command again"
             ) from None
+        finally:
+            model.generation_config = generation
         for path in original.iterdir():
             if is_tokenizer_file(path) or path.name == "generation_config.json":
                 shutil.copyfile(path, folder / path.name)
@@ -88,5 +93,6 @@ def _read_back(model: Hybrid, folder: Path) -> None:
     length = min(32, model.config.max_position_embeddings)
     tokens = torch.arange(length)[None] * 7 % model.config.vocab_size
     again = load_model(folder)
-    if not torch.equal(model(tokens.to(model.device)).logits.cpu(), again(tokens).logits):
+    wanted, found = model(tokens.to(model.device)).logits.cpu(), again(tokens).logits
+    if not torch.allclose(wanted, found, rtol=0, atol=0, equal_nan=True):
         raise CheckpointError(f"{folder}: the checkpoint does not read back to the same logits; nothing was published")

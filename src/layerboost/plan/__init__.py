@@ -81,6 +81,7 @@ def run(sensitivity: Sensitivity | Path, config: Config | None = None, *, out: P
         sensitivity = load(Sensitivity, sensitivity)
     model = sensitivity.model
     check(sensitivity)
+    _check_budget(config)
     context = config.context or min(model.context, _LONGEST_DEFAULT)
     if config.planner == "tiers":
         layers = plan_tiers(sensitivity, config.tiers)
@@ -99,11 +100,20 @@ def run(sensitivity: Sensitivity | Path, config: Config | None = None, *, out: P
         planner=config.model_dump(mode="json", exclude_none=True),
         predicted=predict(sensitivity, layers, context, config.weights),
         inputs=inputs(sensitivity, config),
-        provenance=provenance(),
+        provenance=provenance(layers_digest=layers_digest(layers)),
     )
     if out is not None:
         save(plan, out)
     return plan
+
+
+def layers_digest(layers: list[LayerPlan]) -> str:
+    return text_digest([layer.entry() for layer in layers])
+
+
+def edited(plan: Plan) -> bool:
+    """Whether a person wrote the layers, or changed them since they were planned."""
+    return plan.provenance.get("layers_digest") != layers_digest(plan.layers)
 
 
 def check(sensitivity: Sensitivity) -> None:
@@ -114,6 +124,15 @@ def check(sensitivity: Sensitivity) -> None:
             raise PlanError(
                 f"sensitivity has {count} {name}, its model has {model.num_layers}; analyze the model again"
             )
+
+
+def _check_budget(config: Config) -> None:
+    """Raises PlanError if something was asked for that the planner would not look at."""
+    budgets = config.kv_reduction is not None or config.max_loss is not None or config.at_least != AtLeast()
+    if config.planner == "tiers" and budgets:
+        raise PlanError("planner tiers knows no budget: leave kv_reduction, max_loss and at_least out, or use budget")
+    if config.planner == "budget" and config.tiers != Tiers():
+        raise PlanError("tiers.* settings are for planner tiers; ask for it, or leave them out")
 
 
 def predict(
