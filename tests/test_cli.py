@@ -125,6 +125,14 @@ def test_dry_run_does_nothing(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_says_what_is_current(tiny, tmp_path):
+    assert call("run", tiny, "--out", tmp_path / "run", *SMALL).exit_code == 0
+    shown = call("run", tiny, "--out", tmp_path / "run", "--dry-run", *SMALL).output
+    assert shown.count("current, is skipped") == 6
+    shown = call("run", tiny, "--out", tmp_path / "run", "--dry-run", *SMALL, "heal.tokens=8k").output
+    assert shown.count("current, is skipped") == 3
+
+
 def test_help_and_version_load_no_torch():
     for words in (["--help"], ["--version"], ["run", "--help"], []):
         code = (

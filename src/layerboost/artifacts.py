@@ -455,10 +455,15 @@ def _written(folder: Path) -> set[str]:
     return {MANIFEST, *(name.partition("/")[0] for name in files)}
 
 
+def free_bytes(out: Path) -> int:
+    """Bytes free on the disk where a file or folder is, or would be."""
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_space(out: Path, needed: int) -> None:
     """Raises EnvironmentTrouble if the disk lacks the bytes."""
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(out)
     if free < needed:
         raise EnvironmentTrouble(
             f"{out} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free some space or name another "

@@ -264,22 +264,28 @@ def _run(model: str, recipe: Any, out: Path) -> None:
 
 
 def _dry_run(model: str, recipe: Any, out: Path) -> None:
+    from layerboost import pipeline
+    from layerboost.artifacts import free_bytes
     from layerboost.estimate import estimate, measure_speed
-    from layerboost.model.loading import find_config, pick_device
+    from layerboost.model.loading import find_config, is_local, pick_device
 
     config = find_config(model)
     found = estimate(config, recipe, measure_speed(pick_device(recipe.device), config.hidden_size))
+    files = {
+        "analyze": "sensitivity.json", "plan": "plan.json", "convert": "hybrid/", "heal": "healed/",
+        "evaluate": "evaluation.json", "bench": "bench.json",
+    }  # fmt: skip
+    todo = pipeline.still_to_do(model, recipe, out=out) if is_local(model) else list(files)
     table = Table("stage", "writes", "about")
-    for stage, path in (
-        ("analyze", "sensitivity.json"), ("plan", "plan.json"), ("convert", "hybrid/"), ("heal", "healed/"),
-        ("evaluate", "evaluation.json"), ("bench", "bench.json"),
-    ):  # fmt: skip
-        table.add_row(stage, str(out / path), _duration(found.seconds.get(stage, 0.0)))
+    for stage, path in files.items():
+        about = _duration(found.seconds.get(stage, 0.0)) if stage in todo else "current, is skipped"
+        table.add_row(stage, str(out / path), about)
     table.add_row("report", str(out / "report.html"), _duration(0.0))
     _print(table)
     typer.echo(
-        f"{found.parameters:,} parameters; about {found.memory_bytes / 1e9:.1f} GB of memory and "
-        f"{found.disk_bytes / 1e6:,.0f} MB of disk; times are rough. Nothing was done."
+        f"{found.parameters:,} parameters; about {found.memory_bytes / 1e9:.1f} GB of memory, and "
+        f"{found.disk_bytes / 1e6:,.0f} MB of disk where {free_bytes(out) / 1e6:,.0f} MB are free; times are rough. "
+        "Nothing was done."
     )
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,67 @@ from layerboost.provenance import command, provenance
 from layerboost.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One verb of a run.
+
+    Attributes:
+        inputs: digests of what its artifact is made from; only known once the stages before it are current.
+        make: writes the artifact to a path.
+    """
+
+    verb: str
+    path: Path
+    inputs: Callable[[], dict[str, str]]
+    make: Callable[[Path], Any]
+
+    def is_current(self) -> bool:
+        if self.verb == "plan" and self.path.exists() and plan.edited(load(Plan, self.path)):
+            say(f"plan: {self.path} was edited by hand and is followed; remove it to plan again")
+            return True
+        found = recorded_inputs(self.path)
+        return found is not None and found == self.inputs()
+
+
+def stages(model: str | Path, folder: Path, recipe: Recipe, out: Path) -> list[Stage]:
+    """The verbs in order.
+
+    Args:
+        model: as the user names it; `folder` is where it lies.
+    """
+    record = describe(model, folder, read_config(folder))
+    sensitivity, planned, hybrid, healed = (out / n for n in ("sensitivity.json", "plan.json", "hybrid", "healed"))
+    analyzing, planning = recipe.section(analyze.Config, "analyze"), recipe.section(plan.Config, "plan")
+    healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
+    benching = recipe.section(bench.Config, "bench")
+    return [
+        Stage(
+            "analyze", sensitivity, lambda: analyze.inputs(record, folder, analyzing),
+            lambda path: analyze.run(model, analyzing, out=path),
+        ),
+        Stage(
+            "plan", planned, lambda: plan.inputs(load(Sensitivity, sensitivity), planning),
+            lambda path: plan.run(sensitivity, planning, out=path),
+        ),
+        Stage(
+            "convert", hybrid, lambda: convert.inputs(record, folder, load(Plan, planned)),
+            lambda path: convert.run(model, planned, out=path),
+        ),
+        Stage(
+            "heal", healed, lambda: heal.inputs(hybrid, folder, healing),
+            lambda path: heal.run(hybrid, model, healing, out=path, steps_folder=out / "heal"),
+        ),
+        Stage(
+            "evaluate", out / "evaluation.json", lambda: evaluate.inputs(healed, folder, evaluating),
+            lambda path: evaluate.run(healed, model, evaluating, out=path),
+        ),
+        Stage(
+            "bench", out / "bench.json", lambda: bench.inputs(healed, folder, benching),
+            lambda path: bench.run(healed, model, benching, out=path),
+        ),
+    ]  # fmt: skip
+
+
 def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     """A checkpoint in; a healed hybrid in `out/healed`, `result.json` and `report.html` out.
 
@@ -47,62 +109,28 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     for name in ("hybrid", "healed"):
         check_output_folder(out / name)
     folder = find_model(model)
-    record = describe(model, folder, read_config(folder))
     check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
     with lock(out):
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False))
-        analyzed = recipe.section(analyze.Config, "analyze")
-        _stage(
-            "analyze", out / "sensitivity.json", analyze.inputs(record, folder, analyzed),
-            lambda path: analyze.run(model, analyzed, out=path),
-        )  # fmt: skip
-        sensitivity = load(Sensitivity, out / "sensitivity.json")
-        planned = recipe.section(plan.Config, "plan")
-        chosen = _plan(out / "plan.json", sensitivity, planned)
-        _stage(
-            "convert", out / "hybrid", convert.inputs(record, folder, chosen),
-            lambda path: convert.run(model, chosen, out=path),
-        )  # fmt: skip
-        healing = recipe.section(heal.Config, "heal")
-        _stage(
-            "heal", out / "healed", heal.inputs(out / "hybrid", folder, healing),
-            lambda path: heal.run(out / "hybrid", model, healing, out=path, steps_folder=out / "heal"),
-        )  # fmt: skip
-        evaluated = recipe.section(evaluate.Config, "evaluate")
-        _stage(
-            "evaluate", out / "evaluation.json", evaluate.inputs(out / "healed", folder, evaluated),
-            lambda path: evaluate.run(out / "healed", model, evaluated, out=path),
-        )  # fmt: skip
-        benched = recipe.section(bench.Config, "bench")
-        _stage(
-            "bench", out / "bench.json", bench.inputs(out / "healed", folder, benched),
-            lambda path: bench.run(out / "healed", model, benched, out=path),
-        )  # fmt: skip
+        for stage in stages(model, folder, recipe, out):
+            if stage.is_current():
+                say(f"{stage.verb}: {stage.path} is current")
+                continue
+            say(f"{stage.verb}: writing {stage.path}")
+            started = time.monotonic()
+            stage.make(stage.path)
+            say(f"{stage.verb}: done in {time.monotonic() - started:.0f} s")
         found = result(out)
         save(found, out / "result.json")
         report_verb.run(out)
     return found
 
 
-def _plan(path: Path, sensitivity: Sensitivity, config: plan.Config) -> Plan:
-    """The plan that stands there if a person had a hand in it, else one that is current."""
-    if path.exists():
-        found = load(Plan, path)
-        if plan.edited(found):
-            say(f"plan: {path} was edited by hand and is followed; remove it to plan again")
-            return found
-    _stage("plan", path, plan.inputs(sensitivity, config), lambda to: plan.run(sensitivity, config, out=to))
-    return load(Plan, path)
-
-
-def _stage(name: str, path: Path, inputs: dict[str, str], make: Callable[[Path], Any]) -> None:
-    if recorded_inputs(path) == inputs:
-        say(f"{name}: {path} is current")
-        return
-    say(f"{name}: writing {path}")
-    started = time.monotonic()
-    make(path)
-    say(f"{name}: done in {time.monotonic() - started:.0f} s")
+def still_to_do(model: str | Path, recipe: Recipe, *, out: Path) -> list[str]:
+    """Verbs that a run would do now: the first that is not current, and what follows from it. Writes nothing."""
+    verbs = stages(model, find_model(model), recipe, out)
+    first = next((n for n, stage in enumerate(verbs) if not stage.is_current()), len(verbs))
+    return [stage.verb for stage in verbs[first:]]
 
 
 def _bytes_in(folder: Path) -> int:

@@ -50,9 +50,12 @@ def find_model(source: str | Path) -> Path:
 
 def find_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a model, without fetching its weights."""
-    if Path(source).expanduser().exists() or str(source) == REFERENCE:
-        return read_config(find_model(source))
-    return read_config(_download(str(source), ["config.json"]))
+    return read_config(find_model(source) if is_local(source) else _download(str(source), ["config.json"]))
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether a model is here already."""
+    return str(source) == REFERENCE or Path(source).expanduser().exists()
 
 
 def _download(name: str, patterns: list[str]) -> Path:
