@@ -51,7 +51,7 @@ def test_recall_beyond_the_demos_windows(folder):
     windows = load_recipe("demo").section(analyze.Config, "analyze").windows
     assert max(windows) <= 128
     data = samples(
-        standard_library(), tokenizer, model.config.vocab_size, split="held_out", texts=2, answers=200, length=256,
+        standard_library(), tokenizer, model.config.vocab_size, split="held_out", texts=2, answers=400, length=256,
         distance=128, seed=5,
     )  # fmt: skip
     for probe in PROBES:
