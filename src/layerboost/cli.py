@@ -26,7 +26,7 @@ app = typer.Typer(
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the original model.", metavar="MODEL")]
 HybridArgument = Annotated[str, typer.Argument(help="Folder of a hybrid checkpoint.", metavar="HYBRID")]
 Settings = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value; docs list them.", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="Settings as key=value; docs list them.", metavar="KEY=VALUE")
 ]
 Against = Annotated[str, typer.Option(help="The original model.", metavar="MODEL")]
 OutFile = Annotated[Path, typer.Option(help="File to write.")]
