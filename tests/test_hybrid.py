@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from layerboost.artifacts import full_plan
 from layerboost.errors import CheckpointError, PlanError
@@ -179,6 +180,21 @@ def test_cache_holds_what_the_plan_says(tiny):
     assert cache_bytes(cache) == (W - 1 + 33) * token
     assert isinstance(cache.layers[0], LengthOnlyLayer)
     assert isinstance(cache.layers[1], WindowLayer)
+
+
+@torch.no_grad()
+def test_layers_of_a_users_own_cache_are_kept(tiny):
+    """Quantised ones, for instance: only removed layers are replaced, and masks carry the windows."""
+
+    class Own(DynamicLayer):
+        pass
+
+    hybrid = converted(tiny, PLANS["mixed"])
+    tokens = some_tokens(1, 30)
+    cache = Cache(layers=[Own() for _ in range(4)])
+    found = [hybrid(part, past_key_values=cache).logits for part in tokens.split([20, 1, 9], 1)]
+    assert [type(layer) for layer in cache.layers] == [LengthOnlyLayer, Own, Own, LengthOnlyLayer]
+    torch.testing.assert_close(torch.cat(found, 1), hybrid(tokens, use_cache=False).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import types
 import typing
 from collections.abc import Iterator
@@ -195,6 +196,12 @@ class Estimate(Record):
     high: float
     count: int
 
+    def show(self, percent: bool = False) -> str:
+        """`0.123 (0.118 to 0.129)`."""
+        factor, digits, unit = (100, 1, " %") if percent else (1, 3, "")
+        mean, low, high = (f"{factor * value:.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean}{unit} ({low} to {high})"
+
 
 class Quality(Record):
     """One model on the held-out data. KL is KL(base || this model), in nats per token, like the NLL."""
@@ -229,6 +236,10 @@ class Ratio(Record):
     median: float
     max: float
 
+    def show(self) -> str:
+        """`1.23x (1.08 to 1.28)`."""
+        return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"
+
 
 class Bench(Artifact):
     """`bench.json`.
@@ -246,6 +257,9 @@ class Bench(Artifact):
     context: int
     kv_bytes_per_token: dict[str, float]
     parameters: dict[str, int]
+
+    def median_seconds(self, model: str, phase: str) -> float:
+        return statistics.median(self.seconds[model][phase])
 
 
 class Result(Artifact):

@@ -302,12 +302,12 @@ def _quality_table(evaluation: Any) -> Table:
     def row(name: str, *cells: str) -> None:
         table.add_row(name, *cells)
 
-    row("KL to the base, nats/token", *[_interval(m.kl) for m in models])
-    row("NLL, nats/token", *[_interval(m.nll) for m in models])
+    row("KL to the base, nats/token", *[m.kl.show() for m in models])
+    row("NLL, nats/token", *[m.nll.show() for m in models])
     row("perplexity", *[f"{m.perplexity:.2f}" for m in models])
     for probe, found in evaluation.models["base"].recall.items():
-        name = f"recall {probe}, % of {found.count}" if probe != "mean" else "recall mean, %"
-        row(name, *[_interval(m.recall[probe], 100, 1) for m in models])
+        name = f"recall {probe}, {found.count} answers" if probe != "mean" else "recall mean"
+        row(name, *[m.recall[probe].show(percent=True) for m in models])
     return table
 
 
@@ -317,19 +317,10 @@ def _cost_table(bench: Any) -> Table:
     less = f"{kv['healed'] / kv['base']:.2f}" if kv["base"] else ""
     table.add_row(f"KV bytes per token at {bench.context}", f"{kv['base']:,.0f}", f"{kv['healed']:,.0f}", less)
     for phase in ("decode", "prefill"):
-        seconds = [
-            sorted(bench.seconds[name][phase])[len(bench.seconds[name][phase]) // 2] for name in ("base", "healed")
-        ]
-        found = bench.speed[phase]
-        cells = [f"{value:.3f}" for value in seconds]
-        table.add_row(f"{phase}, seconds", *cells, f"{found.median:.2f}x ({found.min:.2f} to {found.max:.2f})")
+        seconds = [f"{bench.median_seconds(name, phase):.3f}" for name in ("base", "healed")]
+        table.add_row(f"{phase}, seconds", *seconds, bench.speed[phase].show())
     table.add_row("parameters", *[f"{bench.parameters[name]:,}" for name in ("base", "healed")], "")
     return table
-
-
-def _interval(found: Any, factor: float = 1, digits: int = 3) -> str:
-    mean, low, high = (f"{factor * value:.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{mean} ({low} to {high})"
 
 
 def _print(table: Table) -> None:

@@ -1,6 +1,6 @@
 """The budget planner: one candidate per layer, least loss under a KV budget or least KV under a loss, exactly.
 
-It adds damages up. That is nearly right for windows and optimistic for many removals; see docs/plan.md.
+It adds damages up, which is optimistic for removals; see docs/plan.md.
 """
 
 from dataclasses import dataclass

@@ -8,11 +8,9 @@ import jinja2
 
 from layerboost.artifacts import (
     Bench,
-    Estimate,
     Evaluation,
     Healing,
     Plan,
-    Ratio,
     Result,
     Sensitivity,
     load,
@@ -55,22 +53,11 @@ def render(
         loader=jinja2.PackageLoader("layerboost.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"interval": interval, "ratio": ratio, "bytes": readable_bytes}
+    environment.filters["bytes"] = readable_bytes
     return environment.get_template("report.html.jinja").render(
         result=result, sensitivity=sensitivity, plan=plan, healing=healing, evaluation=evaluation, bench=bench,
         sensitivity_svg=sensitivity_figure(sensitivity), healing_svg=healing_figure(healing),
     )  # fmt: skip
-
-
-def interval(found: Estimate, digits: int = 3, percent: bool = False) -> str:
-    """`0.123 (0.118 to 0.129)`."""
-    factor, digits, unit = (100, 1, " %") if percent else (1, digits, "")
-    mean, low, high = (f"{factor * value:.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{mean}{unit} ({low} to {high})"
-
-
-def ratio(found: Ratio) -> str:
-    return f"{found.median:.2f}x ({found.min:.2f} to {found.max:.2f})"
 
 
 def readable_bytes(count: float) -> str:
