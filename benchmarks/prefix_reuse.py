@@ -14,10 +14,11 @@ import torch
 from transformers import Qwen3Config
 
 from layerboost.analyze import candidates_for, measure
-from layerboost.artifacts import KVShape, ModelRecord, full_plan
+from layerboost.artifacts import KVShape, ModelRecord
 from layerboost.data.sequences import Sequences
+from layerboost.layer_plan import full_plan
 from layerboost.model.config import hybrid_config
-from layerboost.model.hybrid import model_class
+from layerboost.model.hybrid import LogitsHead, model_class
 from layerboost.progress import say
 from layerboost.scoring import final_hidden, log_probabilities, scored_hidden, scored_targets, token_scores
 
@@ -34,13 +35,13 @@ def build(args: argparse.Namespace):
 
 def naive(model, data, candidates):
     """Leave one out: the whole model once per candidate."""
-    batch = data["text"]
+    batch, head = data["text"], LogitsHead(model)
     scored, targets = batch.scored, scored_targets(batch)
 
     def score(teacher):
         hidden = scored_hidden(final_hidden(model, batch.tokens), scored)
-        teacher = log_probabilities(hidden, model.lm_head) if teacher is None else teacher
-        return teacher, token_scores(hidden, model.lm_head, teacher, targets).per_sequence(scored)
+        teacher = log_probabilities(hidden, head) if teacher is None else teacher
+        return teacher, token_scores(hidden, head, teacher, targets).per_sequence(scored)
 
     with torch.no_grad():
         teacher, base = score(None)

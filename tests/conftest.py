@@ -6,9 +6,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
-from tests.tiny import make_checkpoint
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from tests.tiny import FAMILIES, make_checkpoint
 
 
 @pytest.fixture(autouse=True)

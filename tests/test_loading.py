@@ -56,10 +56,12 @@ def test_models_that_are_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt3"}, "model_type 'gpt3' is not a causal language model .*supported are llama, mistral"),
+        ({"model_type": "bloom"}, "bloom models cannot be converted: its attention does not go through"),
+        ({"model_type": "deepseek_v3"}, "deepseek_v3 models cannot be converted: .*latent"),
         ({"model_type": None}, "key model_type is missing"),
         ({"model_type": ["llama"]}, "key model_type is missing"),
-        ({"model_type": "layerboost_gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "layerboost_gpt3"}, "model_type 'gpt3' is not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"hidden_size": "many"}, "is not a valid qwen3 configuration"),
         ({"num_hidden_layers": 0}, "is not a valid qwen3 configuration"),

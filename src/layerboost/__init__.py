@@ -14,7 +14,7 @@ _VERBS = ("analyze", "plan", "convert", "heal", "evaluate", "bench", "report", "
 _PUBLIC = {
     "Sensitivity": "layerboost.artifacts",
     "Plan": "layerboost.artifacts",
-    "LayerPlan": "layerboost.artifacts",
+    "LayerPlan": "layerboost.layer_plan",
     "LayerBoostError": "layerboost.errors",
 }
 __all__ = ["__version__", *_PUBLIC, *_VERBS]

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import filelock
 import pydantic
@@ -20,8 +20,7 @@ from pydantic import Field
 
 from layerboost import __version__
 from layerboost.errors import CheckpointError, EnvironmentTrouble, LayerBoostError, PlanError, UsageError
-
-MixerName = Literal["full_attention", "sliding_attention", "no_attention"]
+from layerboost.layer_plan import FEATURES, LayerPlan, MixerName, parse_layers
 
 
 class Record(pydantic.BaseModel):
@@ -45,38 +44,6 @@ class Artifact(Record):
     provenance: dict[str, Any] = {}
 
 
-class LayerPlan(Record):
-    """What one layer gets.
-
-    Attributes:
-        window: tokens a query sees, itself included; for `sliding_attention` alone.
-        reason: why, in a sentence, from the planner.
-    """
-
-    mixer: MixerName
-    window: Annotated[int, Field(ge=1, strict=True)] | None = None
-    reason: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _window_belongs_to_sliding_attention(self) -> Self:
-        if self.mixer == "sliding_attention" and self.window is None:
-            raise ValueError("window is missing; sliding_attention needs one, in tokens")
-        if self.mixer != "sliding_attention" and self.window is not None:
-            raise ValueError(f"window {self.window} has no meaning for {self.mixer}; leave it out")
-        return self
-
-    @property
-    def label(self) -> str:
-        return self.mixer if self.window is None else f"{self.mixer} {self.window}"
-
-    def entry(self) -> dict[str, Any]:
-        """The plan file's entry, without what is not set."""
-        return self.model_dump(exclude_none=True)
-
-    def alike(self, other: "LayerPlan") -> bool:
-        return (self.mixer, self.window) == (other.mixer, other.window)
-
-
 class KVShape(Record):
     num_key_value_heads: int
     head_dim: int
@@ -85,6 +52,11 @@ class KVShape(Record):
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_key_value_heads * self.head_dim * self.bytes_per_value
+
+    def state_bytes(self, plan: LayerPlan) -> int:
+        """Of linear attention: per key/value head, features times head size and a normaliser, in float32."""
+        features = FEATURES[plan.feature_map or ""] * self.head_dim
+        return self.num_key_value_heads * features * (self.head_dim + 1) * 4
 
 
 class ModelRecord(Record):
@@ -105,22 +77,31 @@ class ModelRecord(Record):
     context: int
 
     def kv_bytes(self, layers: list[LayerPlan], context: int) -> int:
-        """Cache bytes of one sequence of `context` tokens under a plan; a window of W holds at most W - 1 tokens."""
-        held = (context if w is None else min(context, w - 1) for w in self._attending(layers))
-        return sum(held) * self.kv_shape.bytes_per_token
+        """Cache bytes of one sequence of `context` tokens under a plan; states of linear attention are counted in.
+
+        A window of W holds at most W - 1 tokens; linear attention a float32 state, and the W tokens of its window.
+        """
+        total = 0
+        for plan, native in zip(layers, self.native_windows, strict=True):
+            if plan.mixer == "linear_attention":
+                total += self.kv_shape.state_bytes(plan) + (plan.window or 0) * self.kv_shape.bytes_per_token
+            elif plan.mixer != "no_attention":
+                window = native if plan.window is None else plan.window
+                held = context if window is None else min(context, window - 1)
+                total += held * self.kv_shape.bytes_per_token
+        return total
 
     def receptive_field(self, layers: list[LayerPlan]) -> int | None:
         """Tokens the last position sees through all layers together, itself included; None is everything."""
-        windows = self._attending(layers)
-        return None if None in windows else 1 + sum(w - 1 for w in windows if w is not None)
-
-    def _attending(self, layers: list[LayerPlan]) -> list[int | None]:
-        """Windows of the layers that keep attention; None is everything."""
-        return [
-            native if plan.window is None else plan.window
-            for plan, native in zip(layers, self.native_windows, strict=True)
-            if plan.mixer != "no_attention"
-        ]
+        reach = 1
+        for plan, native in zip(layers, self.native_windows, strict=True):
+            if plan.mixer == "no_attention":
+                continue
+            window = native if plan.mixer == "full_attention" else plan.window
+            if window is None or plan.mixer == "linear_attention":
+                return None
+            reach += window - 1
+        return reach
 
 
 class Damage(Record):
@@ -274,24 +255,6 @@ class Result(Artifact):
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
-
-
-def full_plan(num_layers: int) -> list[LayerPlan]:
-    return [LayerPlan(mixer="full_attention")] * num_layers
-
-
-def parse_layers(raw: Any, where: str) -> list[LayerPlan]:
-    """A plan's entries, checked.
-
-    Raises:
-        PlanError: naming `where`, the layer and the key.
-    """
-    if not isinstance(raw, list):
-        raise PlanError(f"{where}: layers must be a list with one entry per layer, found {type(raw).__name__}")
-    layers = []
-    for index, entry in enumerate(raw):
-        layers.append(validate(LayerPlan, entry, f"{where}: layer {index}", PlanError))
-    return layers
 
 
 def validate(kind: type[AnyRecord], raw: Any, where: str, error: type[LayerBoostError]) -> AnyRecord:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layerboost import analyze, bench, evaluate, heal
-from layerboost.model.config import base_config_class, family_of
+from layerboost.model.config import family_of, stock_class
 from layerboost.model.loading import pick_device
 from layerboost.recipe import Recipe
 
@@ -63,7 +62,7 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """All parameters, and those of the input embedding; nothing is loaded."""
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family_of(config))](config)
+        model = stock_class(family_of(config))(config)
     return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
 
 

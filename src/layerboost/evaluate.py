@@ -13,6 +13,7 @@ from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
+from layerboost.model.hybrid import LogitsHead
 from layerboost.model.loading import (
     check_pair,
     digest,
@@ -115,14 +116,16 @@ def measure(
 ) -> dict[str, Quality]:
     """Quality of every student against the base model, over the same sequences."""
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in students}
+    heads = {name: LogitsHead(student) for name, student in students.items()}
+    base_head = LogitsHead(base)
     for kind, sequences in data.items():
         for batch in sequences.batches(rows):
             scored, targets = batch.scored.to(base.device), scored_targets(batch).to(base.device)
             with torch.no_grad():
-                teacher = log_probabilities(scored_hidden(final_hidden(base, batch.tokens), scored), base.lm_head)
+                teacher = log_probabilities(scored_hidden(final_hidden(base, batch.tokens), scored), base_head)
             for name, student in students.items():
                 hidden = scored_hidden(final_hidden(student, batch.tokens), scored)
-                scores = token_scores(hidden, student.lm_head, teacher, targets).per_sequence(scored)
+                scores = token_scores(hidden, heads[name], teacher, targets).per_sequence(scored)
                 for metric, values in scores.items():
                     found[name].setdefault(f"{kind}.{metric}", []).append(values)
                 advance()

@@ -6,8 +6,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from layerboost.artifacts import MANIFEST, full_plan, intact
+from layerboost.artifacts import MANIFEST, intact
 from layerboost.errors import CheckpointError
+from layerboost.layer_plan import full_plan
 from layerboost.model.config import check_plan
 from layerboost.model.loading import describe, is_hybrid, plan_of, read_config, weight_files
 

@@ -14,13 +14,14 @@ import torch
 from pydantic import Field
 
 from layerboost.analyze.prefix import Prefix, capture, suffix
-from layerboost.artifacts import Candidate, Damage, LayerPlan, ModelRecord, Sensitivity, save
+from layerboost.artifacts import Candidate, Damage, ModelRecord, Sensitivity, save
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
-from layerboost.model.hybrid import Hybrid
+from layerboost.layer_plan import LayerPlan
+from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.model.loading import (
     describe,
     find_model,
@@ -150,28 +151,28 @@ def measure(model: Hybrid, data: dict[str, Sequences], candidates: list[list[Lay
     length = next(iter(data.values())).tokens.shape[1]
     rows = batch_rows(length, config.vocab_size, config.hidden_size, len(candidates))
     parts: dict[Key, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    head = LogitsHead(model)
     batches = [(kind, batch) for kind, sequences in data.items() for batch in sequences.batches(rows)]
-    windows = {plan.window for tried in candidates for plan in tried}
     with progress("analyze", len(batches) * (1 + sum(map(len, candidates)))) as advance:
         for kind, batch in batches:
-            prefix = capture(model, batch.tokens, windows)
-            for key, scores in _score(model, prefix, batch, candidates):
+            prefix = capture(model, batch.tokens)
+            for key, scores in _score(model, head, prefix, batch, candidates):
                 for metric, values in scores.per_sequence(batch.scored).items():
                     parts[key][f"{kind}.{metric}"].append(values)
                 advance()
     return {key: {name: np.concatenate(p) for name, p in found.items()} for key, found in parts.items()}
 
 
-def _score(model: Hybrid, prefix: Prefix, batch: Sequences, candidates: list[list[LayerPlan]]) -> Any:
+def _score(model: Hybrid, head: LogitsHead, prefix: Prefix, batch: Sequences, candidates: list[list[LayerPlan]]) -> Any:
     scored, targets = batch.scored.to(model.device), scored_targets(batch).to(model.device)
-    teacher = log_probabilities(scored_hidden(prefix.final, scored), model.lm_head)
+    teacher = log_probabilities(scored_hidden(prefix.final, scored), head)
     if not torch.isfinite(teacher).all():
         raise CheckpointError("the model computes logits that are not finite; check its weights")
-    yield None, token_scores(scored_hidden(prefix.final, scored), model.lm_head, teacher, targets)
+    yield None, token_scores(scored_hidden(prefix.final, scored), head, teacher, targets)
     for layer, tried in enumerate(candidates):
         for n, plan in enumerate(tried):
             hidden = scored_hidden(suffix(model, prefix, layer, plan), scored)
-            yield (layer, n), token_scores(hidden, model.lm_head, teacher, targets)
+            yield (layer, n), token_scores(hidden, head, teacher, targets)
 
 
 def _metrics(raw: PerSequence) -> PerSequence:

@@ -8,11 +8,12 @@ import torch
 from pydantic import BeforeValidator, Field
 from safetensors import safe_open
 
-from layerboost.artifacts import Healing, LayerPlan, check_output_folder, lock, to_json
+from layerboost.artifacts import Healing, check_output_folder, lock, to_json
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
 from layerboost.errors import CheckpointError, DataError
 from layerboost.heal.trainer import Healer, cast_weights, default_learning_rate, train
+from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import (
     describe,

@@ -17,14 +17,15 @@ import peft
 import torch
 from torch import Tensor
 
-from layerboost.artifacts import CurvePoint, LayerPlan
+from layerboost.artifacts import CurvePoint
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT
 from layerboost.data.sequences import Sequences
 from layerboost.errors import TrainingError
 from layerboost.heal.checkpoint import load_newest, save_step
 from layerboost.heal.losses import chunked_kl, hidden_loss
-from layerboost.model.hybrid import Hybrid
+from layerboost.layer_plan import LayerPlan
+from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.progress import progress
 from layerboost.scoring import (
     batch_rows,
@@ -65,6 +66,7 @@ class Healer:
                 target_modules=adapted_modules(model, layers),
             ),
         ).eval()  # dropout of the family, if any, would make the teacher another model at every step
+        self.head = LogitsHead(model)
         self.parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     @contextlib.contextmanager
@@ -97,7 +99,7 @@ class Healer:
             teacher, teacher_layers = self.hidden(tokens)
         with self.student():
             student, student_layers = self.hidden(tokens)
-        kl = chunked_kl(scored_hidden(student, scored), scored_hidden(teacher, scored), self.model.lm_head)
+        kl = chunked_kl(scored_hidden(student, scored), scored_hidden(teacher, scored), self.head)
         if not self.changes or not self.config.hidden_weight:
             return kl
         return kl + self.config.hidden_weight * hidden_loss(student_layers, teacher_layers)
@@ -121,9 +123,9 @@ def adapted_modules(model: Hybrid, layers: list[LayerPlan]) -> list[str]:
     names = []
     for index, (layer, plan) in enumerate(zip(model.decoder_layers, layers, strict=True)):
         for name, module in layer.named_modules():
-            removed = plan.mixer == "no_attention" and name.startswith("self_attn")
+            removed = plan.mixer == "no_attention" and name.startswith(model.anatomy.attention)
             if isinstance(module, torch.nn.Linear) and not removed:
-                names.append(f"{base}.layers.{index}.{name}")
+                names.append(f"{base}.{model.anatomy.layers}.{index}.{name}")
     return names
 
 
@@ -206,10 +208,10 @@ def look(healer: Healer, validation: dict[str, Sequences], step: int, tokens: in
         for batch in sequences.batches(batch_rows(length, config.vocab_size, config.hidden_size, 1)):
             scored, targets = batch.scored.to(model.device), scored_targets(batch).to(model.device)
             with healer.teacher():
-                teacher = log_probabilities(scored_hidden(final_hidden(model, batch.tokens), scored), model.lm_head)
+                teacher = log_probabilities(scored_hidden(final_hidden(model, batch.tokens), scored), healer.head)
             with healer.student():
                 student = scored_hidden(final_hidden(model, batch.tokens), scored)
-            for metric, values in token_scores(student, model.lm_head, teacher, targets).per_sequence(scored).items():
+            for metric, values in token_scores(student, healer.head, teacher, targets).per_sequence(scored).items():
                 found.setdefault(f"{kind}.{metric}", []).append(values)
     mean = {name: float(np.concatenate(parts).mean()) for name, parts in found.items()}
     if not math.isfinite(mean[f"{TEXT}.kl"]):

@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layerboost.artifacts import LayerPlan
 from layerboost.errors import CheckpointError, PlanError
+from layerboost.layer_plan import LayerPlan, parse_layers
+from layerboost.model import families
 
-# Supported families, and whether the family's own code ever windows a layer.
-FAMILIES = {"llama": False, "mistral": True, "qwen2": True, "qwen3": True}
 PREFIX = "layerboost_"
 
 
@@ -19,12 +19,18 @@ def family_of(config: PreTrainedConfig) -> str:
 
 
 def base_config_class(family: str) -> type[PreTrainedConfig]:
-    """Raises CheckpointError if the family is not supported."""
-    if family not in FAMILIES:
+    """Raises CheckpointError if transformers has no causal language model of this name."""
+    if family not in CONFIG_MAPPING or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)} and their hybrids"
+            f"model_type {family!r} is not a causal language model of transformers; supported are "
+            f"{', '.join(families.VERIFIED)} and families built alike"
         )
     return CONFIG_MAPPING[family]
+
+
+def stock_class(family: str) -> Any:
+    """The family's causal language model in transformers; raises CheckpointError if there is none."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family)]
 
 
 @cache
@@ -40,18 +46,21 @@ def config_class(family: str) -> type[PreTrainedConfig]:
 
 def native_windows(config: PreTrainedConfig) -> list[int | None]:
     """What each layer of the original model sees, in tokens; None is everything."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or not FAMILIES[family_of(config)]:
-        return [None] * config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in types]
+    return families.native_windows(config, stock_class(family_of(config)))
 
 
 def check_windows(changes: dict[int, LayerPlan], native: list[int | None]) -> None:
-    """Raises PlanError if a window is wider than the one the layer had."""
+    """Raises PlanError if a layer would see more than it did."""
     for index, plan in changes.items():
         limit = native[index]
-        if plan.window is not None and limit is not None and plan.window > limit:
+        if limit is None:
+            continue
+        if plan.mixer == "linear_attention":
+            raise PlanError(
+                f"layer {index}: linear_attention looks further back than the layer's native window of {limit}; use "
+                "sliding_attention, or full_attention, which keeps the native window"
+            )
+        if plan.window is not None and plan.window > limit:
             raise PlanError(
                 f"layer {index}: window {plan.window} is wider than the layer's native window of {limit}; "
                 "use a narrower window, or full_attention, which keeps the native one"
@@ -79,12 +88,41 @@ def hybrid_config(config: PreTrainedConfig, layers: list[LayerPlan], provenance:
     made_class = config_class(family)
     check_plan(layers, config)
     values = config.to_dict()
-    for key in ("model_type", "architectures", "layerboost", "transformers_version"):
+    for key in ("model_type", "architectures", "layerboost", "transformers_version", "auto_map"):
         values.pop(key, None)
     made = made_class(**values)
     made.layerboost = {
         "schema": 1,
         "layers": [plan.entry() for plan in layers],
+        "needs": needs(layers),
         "provenance": provenance or {},
     }
     return made
+
+
+def needs(layers: list[LayerPlan]) -> list[str]:
+    """What an engine has to know to run this plan, so that one that does not can refuse it."""
+    windows = {plan.window for plan in layers if plan.mixer == "sliding_attention"}
+    found: set[str] = {plan.mixer for plan in layers if plan.mixer != "full_attention"}
+    found |= {f"linear_attention/{plan.variant}" for plan in layers if plan.variant}
+    found |= {"several_windows"} if len(windows) > 1 else set()
+    found |= {"sinks"} if any(plan.sink for plan in layers) else set()
+    return sorted(found)
+
+
+def layers_of(config: Any) -> list[LayerPlan]:
+    """The plan in a hybrid's configuration.
+
+    Raises:
+        CheckpointError: there is none, or one of another schema.
+        PlanError: an entry is wrong, or the plan does not fit the model.
+    """
+    spec = getattr(config, "layerboost", None)
+    if not isinstance(spec, dict) or spec.get("schema") != 1:
+        found = spec.get("schema") if isinstance(spec, dict) else spec
+        raise CheckpointError(
+            f"config.json: key layerboost must hold schema 1, found {found!r}; convert the model again"
+        )
+    layers = parse_layers(spec.get("layers"), "config.json: layerboost")
+    check_plan(layers, config)
+    return layers

@@ -1,57 +1,49 @@
 """The hybrid model: one subclass per family, made from the family's own classes.
 
-Nothing of a family's modeling code is copied. The causal LM class is subclassed; the base model and its decoder layers
-take a mixin that hands each layer the mask of its own mixer, and the mixers are applied in place.
+Nothing of a family's modeling code is copied. The causal LM class is subclassed; the base model takes a mixin that
+tells the layers of padding and fits the cache, and the mixers are put into the layers' own attentions.
 """
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from layerboost.artifacts import LayerPlan, parse_layers
 from layerboost.errors import CheckpointError
+from layerboost.layer_plan import LayerPlan
 from layerboost.model.cache import fit_cache
 from layerboost.model.config import (
-    FAMILIES,
     PREFIX,
-    base_config_class,
-    check_plan,
     check_windows,
     config_class,
     hybrid_config,
+    layers_of,
     native_windows,
+    stock_class,
 )
-from layerboost.model.mixers import MixedLayer, apply_mixer, mixed
+from layerboost.model.families import Anatomy, anatomy_of
+from layerboost.model.mixers import Sequences, apply_mixer, mixed, with_mixin
 
-# transformers returns a mask that has four dimensions as it is: this keeps a base model from building masks that no
-# layer reads, since every layer of a hybrid gets its own.
+# transformers returns a mask that has four dimensions as it is: so a base model builds none where no layer reads one
 _NO_MASK = torch.empty(1, 1, 1, 1)
 
 
 class MixedBase:
-    """Mixin over a family's base model: one mask per window, and a cache that fits the plan."""
+    """Mixin over a family's base model: layers hear of padding, and the cache fits the plan."""
 
     config: Any
-    layers: Any  # an nn.ModuleList of decoder layers
-    layerboost_more_windows: frozenset[int | None] = frozenset()
-
-    @contextmanager
-    def also_masking(self, windows: Collection[int | None]) -> Iterator[None]:
-        """Inside, layers are handed masks for these windows too, whether or not one of them has such a window."""
-        self.layerboost_more_windows = frozenset(windows)
-        try:
-            yield
-        finally:
-            del self.layerboost_more_windows
+    layerboost_anatomy: Anatomy
 
     def forward(
         self,
@@ -63,65 +55,52 @@ class MixedBase:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 2:
+        plan = plan_in_place(self)
+        untouched = all(layer.mixer == "full_attention" for layer in plan)
+        if not (
+            untouched or attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
+        ):
+            found = f"{attention_mask.ndim} dimensions" if isinstance(attention_mask, Tensor) else "another type"
             raise ValueError(
-                f"attention_mask has {attention_mask.ndim} dimensions; a hybrid takes [batch, tokens], because each of "
-                "its layers builds its own mask"
+                f"attention_mask has {found}; a hybrid takes [batch, tokens], because each of its layers sees in its "
+                "own way"
             )
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("input_ids and inputs_embeds are both missing; pass one of them")
-            inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None  # type: ignore[attr-defined]
         checkpointing = self.training and getattr(self, "gradient_checkpointing", False)  # type: ignore[attr-defined]
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
         use_cache = use_cache and not checkpointing
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        windows = [layer.layerboost_window for layer in self.layers]
         if past_key_values is not None:
-            fit_cache(past_key_values, [layer.layerboost_plan for layer in self.layers], windows)
-        masks = {
-            window: self._mask(window, windows, inputs_embeds, attention_mask, past_key_values, position_ids)
-            for window in {*windows, *self.layerboost_more_windows}
-        }
+            fit_cache(past_key_values, self.config, plan)
+        if untouched:  # all the rest is the family's own
+            return super().forward(  # type: ignore[misc]
+                input_ids, attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        packed = None
+        if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past_key_values is None:
+            packed = find_packed_sequence_indices(position_ids)
+        reads_a_mask = any(layer.mixer == "full_attention" for layer in plan)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
-            attention_mask=_NO_MASK,
+            attention_mask=attention_mask if reads_a_mask else _NO_MASK,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            layerboost_masks=masks,
+            layerboost=Sequences(attention_mask, packed),
             **kwargs,
         )
 
-    def _mask(
-        self,
-        window: int | None,
-        windows: list[int | None],
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: Tensor | None,
-    ) -> Any:
-        one_layer = None
-        if past_key_values is not None:
-            # the mask functions read the first layer of a cache; show them one that has this window
-            alike = [i for i, w in enumerate(windows) if w == window]
-            attending = [i for i in alike if self.layers[i].layerboost_plan.mixer != "no_attention"]
-            one_layer = Cache(layers=[past_key_values.layers[(attending or alike)[0]]])
-        arguments: dict[str, Any] = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": one_layer,
-            "position_ids": position_ids,
-        }
-        if window is None:
-            return create_causal_mask(config=self.config, **arguments)
-        config = copy.copy(self.config)
-        config.sliding_window = window
-        return create_sliding_window_causal_mask(config=config, **arguments)
+
+def plan_in_place(base: Any) -> list[LayerPlan]:
+    """What the layers of a base model have now, `mixed` included."""
+    return [layer.layerboost_plan for layer in getattr(base, base.layerboost_anatomy.layers)]
+
+
+def has_soft_cap(config: Any) -> bool:
+    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 class Hybrid(PreTrainedModel):
@@ -131,33 +110,56 @@ class Hybrid(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
 
     @property
+    def anatomy(self) -> Anatomy:
+        return self.base_model.layerboost_anatomy
+
+    @property
     def decoder_layers(self) -> Any:
-        return self.base_model.layers
+        return getattr(self.base_model, self.anatomy.layers)
+
+    @property
+    def final_norm(self) -> Any:
+        return getattr(self.base_model, self.anatomy.final_norm)
 
     @property
     def plan(self) -> list[LayerPlan]:
-        return [layer.layerboost_plan for layer in self.decoder_layers]
+        return plan_in_place(self.base_model)
 
-    def mixed(self, changes: dict[int, LayerPlan]) -> AbstractContextManager[None]:
-        """This model with other mixers in some layers, for as long as the context lasts; weights are shared."""
-        native = native_windows(self.config)
-        check_windows(changes, native)
-        return mixed(self.decoder_layers, changes, native)
+    def mixed(
+        self, changes: dict[int, LayerPlan], mixers: dict[int, nn.Module] | None = None
+    ) -> AbstractContextManager[None]:
+        """This model with other mixers in some layers, for as long as the context lasts; weights are shared.
 
-    def convert(self, layers: list[LayerPlan], provenance: dict[str, Any] | None = None) -> None:
+        Args:
+            mixers: modules with the mixers' own parameters; layers without one get a fresh one.
+        """
+        check_windows(changes, native_windows(self.config))
+        return mixed(self.decoder_layers, changes, self.anatomy, mixers)
+
+    def convert(
+        self,
+        layers: list[LayerPlan],
+        provenance: dict[str, Any] | None = None,
+        mixers: dict[int, nn.Module] | None = None,
+    ) -> None:
         """Apply a plan for good, in place; what it removes is gone. Needs a model that still has every attention.
 
         Raises:
             PlanError: the plan does not fit the model.
         """
         config = hybrid_config(self.config, layers, provenance)
-        native = native_windows(config)
         for index, (layer, plan) in enumerate(zip(self.decoder_layers, layers, strict=True)):
-            apply_mixer(layer, index, plan, native[index])
+            apply_mixer(layer, index, plan, self.anatomy, (mixers or {}).get(index))
         self.config.layerboost = config.layerboost
 
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """transformers' SDPA leaves soft caps out without a word: a model that has them runs on its eager attention."""
+        if has_soft_cap(self.config):
+            raise ValueError("SDPA ignores attn_logit_softcapping; use eager or flex_attention")
+        return super()._sdpa_can_dispatch(is_init_check)
+
     def create_masks_for_generate(self, *, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        return attention_mask  # `generate` would build one mask for all layers; `MixedBase` builds one per window
+        return attention_mask  # `generate` would build masks in advance; the base model does it with the cache fitted
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -171,6 +173,39 @@ class Hybrid(PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_tensors(info, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         return (model, info) if wants_info else model
+
+
+class LogitsHead(nn.Module):
+    """A causal LM's way from final hidden states to logits: its head with all scales and caps, `[K, E]` to `[K, V]`.
+
+    It shares the model's weights, and runs the family's own code.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.out_features = model.config.vocab_size
+        clone = copy.copy(model)
+        clone.__dict__ = vars(model) | {"_modules": dict(model._modules)}
+        given = _Given()
+        clone._modules[model.base_model_prefix] = given
+        self.__dict__.update(clone=clone, given=given)  # no children: the parameters are the model's
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        given = self.__dict__["given"]
+        given.hidden = hidden[None]
+        try:
+            return self.__dict__["clone"](inputs_embeds=given.hidden, use_cache=False).logits[0]
+        finally:
+            given.hidden = None
+
+
+class _Given(nn.Module):
+    """A base model that has computed already."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 def check_tensors(loading_info: dict[str, Any], source: Any) -> None:
@@ -195,48 +230,35 @@ def model_class(family: str) -> type[Hybrid]:
     Raises:
         CheckpointError: the family is not supported.
     """
-    config = config_class(family)
-    base_class = MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family)]
+    config, base_class = config_class(family), stock_class(family)
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base_class.__init__(self, config, *args, **kwargs)
         _install(self, config)
 
-    return type(
+    made = type(
         f"LayerBoost{base_class.__name__}",
         (Hybrid, base_class),
         {"config_class": config, "__init__": init, "__module__": __name__},
     )
-
-
-@cache
-def _with_mixin(mixin: type, cls: Any) -> Any:
-    """The class keeps its name: device maps and FSDP find layers by it."""
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    # some families' checkpoints name or shape their tensors in another way than the model does (experts, for instance)
+    for theirs, ours in ((base_class.__name__, made.__name__), (family, config.model_type)):
+        conversion = get_checkpoint_conversion_mapping(theirs)
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(ours, conversion, overwrite=True)
+    return made
 
 
 def _install(model: Any, config: Any) -> None:
-    spec = getattr(config, "layerboost", None)
-    if not isinstance(spec, dict) or spec.get("schema") != 1:
-        found = spec.get("schema") if isinstance(spec, dict) else spec
-        raise CheckpointError(
-            f"config.json: key layerboost must hold schema 1, found {found!r}; convert the model again"
-        )
-    layers = parse_layers(spec.get("layers"), "config.json: layerboost")
-    check_plan(layers, config)
-    native = native_windows(config)
+    layers = layers_of(config)
     base = model.base_model
-    base.__class__ = _with_mixin(MixedBase, base.__class__)
-    for index, (layer, plan) in enumerate(zip(base.layers, layers, strict=True)):
-        layer.__class__ = _with_mixin(MixedLayer, layer.__class__)
-        apply_mixer(layer, index, plan, native[index])
+    base.layerboost_anatomy = anatomy_of(base)
+    base.__class__ = with_mixin(MixedBase, base.__class__)
+    for index, (layer, plan) in enumerate(zip(model.decoder_layers, layers, strict=True)):
+        apply_mixer(layer, index, plan, model.anatomy)
 
 
-def register() -> None:
-    """Teach transformers' auto classes every family's hybrids; safe to repeat."""
-    for family in FAMILIES:
-        AutoConfig.register(PREFIX + family, config_class(family), exist_ok=True)
-        AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)
-
-
-register()
+def register(family: str) -> None:
+    """Teach transformers' auto classes a family's hybrids; safe to repeat."""
+    AutoConfig.register(PREFIX + family, config_class(family), exist_ok=True)
+    AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)

@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layerboost.artifacts import KVShape, LayerPlan, ModelRecord, full_plan, parse_layers, read_json
+from layerboost.artifacts import KVShape, ModelRecord, read_json
 from layerboost.errors import CheckpointError, EnvironmentTrouble
+from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import (
     PREFIX,
     base_config_class,
@@ -24,8 +24,11 @@ from layerboost.model.config import (
     family_of,
     hybrid_config,
     native_windows,
+    stock_class,
 )
-from layerboost.model.hybrid import Hybrid, check_tensors, model_class
+from layerboost.model.families import anatomy_of
+from layerboost.model.hybrid import Hybrid, check_tensors, has_soft_cap, model_class
+from layerboost.model.mixers import HeadShape
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
@@ -96,24 +99,28 @@ def read_config(folder: Path) -> PreTrainedConfig:
     made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
     try:
         config = made.from_dict(raw)
-        _check_values(config)
+        model = _built_empty(config)
     except Exception as trouble:  # configuration classes raise whatever a wrong value runs into
         raise CheckpointError(
             f"{folder / 'config.json'} is not a valid {model_type} configuration: {_line(trouble)}"
         ) from None
+    try:
+        anatomy_of(model.base_model)
+    except CheckpointError as trouble:
+        raise CheckpointError(f"{folder}: {trouble}") from None
     return config
 
 
-def _check_values(config: PreTrainedConfig) -> None:
-    """Raises whatever the family's own code raises on values it cannot work with; nothing is allocated."""
+def _built_empty(config: PreTrainedConfig) -> Any:
+    """The stock model without memory for its weights; raises whatever its code raises on values it cannot work with."""
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     for key in (*sizes, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window"):
         value = getattr(config, key, None)
-        optional = value is None and key in ("head_dim", "sliding_window")
+        optional = value is None and key in ("num_key_value_heads", "head_dim", "sliding_window")
         if not optional and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
     with torch.device("meta"):
-        MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family_of(config))](config)
+        return stock_class(family_of(config))(config)
 
 
 def check_pair(hybrid: Path, hybrid_config: PreTrainedConfig, base: Path, base_config: PreTrainedConfig) -> None:
@@ -207,15 +214,15 @@ def _weights_digest(path: Path, size: int, changed: int) -> bytes:
 
 def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> ModelRecord:
     name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = HeadShape.of(config)
     dtype = config.dtype or torch.float32
     return ModelRecord(
         name=name,
         digest=digest(folder),
         num_layers=config.num_hidden_layers,
         kv_shape=KVShape(
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=head_dim,
+            num_key_value_heads=shape.groups,
+            head_dim=shape.head_dim,
             bytes_per_value=(getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize,
         ),
         native_windows=native_windows(config),
@@ -245,7 +252,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     family = family_of(config)
     if is_hybrid(config):
         return _load(model_class(family), config, folder, dtype, device)
-    return _load(MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family)], config, folder, dtype, device)
+    return _load(stock_class(family), config, folder, dtype, device)
 
 
 def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, device: str) -> Any:
@@ -254,6 +261,7 @@ def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype 
         model, info = kind.from_pretrained(
             folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
             ignore_mismatched_sizes=True, output_loading_info=True,
+            attn_implementation="eager" if has_soft_cap(config) else None,
         )  # fmt: skip
         check_tensors(info, folder)
     except CheckpointError:

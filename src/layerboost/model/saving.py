@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from layerboost.artifacts import LayerPlan, check_space, publish_folder
+from layerboost.artifacts import check_space, publish_folder
 from layerboost.errors import CheckpointError, EnvironmentTrouble, TrainingError
+from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import is_tokenizer_file, load_model
 

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from layerboost.artifacts import LayerPlan, Plan, Record, Sensitivity, load, save, text_digest
+from layerboost.artifacts import Plan, Record, Sensitivity, load, save, text_digest
 from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan
 from layerboost.plan.budget import plan_budget
 from layerboost.plan.losses import LOSSES, predicted_loss
 from layerboost.plan.tiers import plan_tiers

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.artifacts import Sensitivity
 from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan
 from layerboost.plan.losses import LOSSES, candidate_loss, reason
 
 DEFAULT_KV_REDUCTION = 0.5

@@ -2,8 +2,9 @@
 
 from typing import Literal, get_args
 
-from layerboost.artifacts import Candidate, Damage, LayerPlan, Sensitivity
+from layerboost.artifacts import Candidate, Damage, Sensitivity
 from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan
 
 LOSSES = Literal["text_kl", "text_nll", "recall_kl", "recall_nll", "copy", "key_value", "needle"]
 

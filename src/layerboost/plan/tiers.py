@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from layerboost.artifacts import LayerPlan, Sensitivity
+from layerboost.artifacts import Sensitivity
 from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan, MixerName
 from layerboost.plan.losses import damage_of
 
 if TYPE_CHECKING:
@@ -53,28 +54,26 @@ def plan_tiers(sensitivity: Sensitivity, config: "Tiers") -> list[LayerPlan]:
         if name == "sliding_attention" and native is not None and window is not None and window >= native:
             name = "full_attention"  # its own window is no wider
         layers.append(
-            LayerPlan.model_validate(
-                {
-                    "mixer": name,
-                    "window": window if name == "sliding_attention" else None,
-                    "reason": f"removal costs {score:.4f} ({config.score}), {_place(scores, index)} of {len(scores)}",
-                }
+            LayerPlan(
+                mixer=name,
+                window=window if name == "sliding_attention" else None,
+                reason=f"removal costs {score:.4f} ({config.score}), {_place(scores, index)} of {len(scores)}",
             )
         )
     return layers
 
 
-def _by_count(scores: list[float], full: int, sliding: int) -> list[str]:
+def _by_count(scores: list[float], full: int, sliding: int) -> list[MixerName]:
     if full + sliding > len(scores):
         raise PlanError(f"tiers.full {full} and tiers.sliding {sliding} are more than the model's {len(scores)} layers")
-    names = ["no_attention"] * len(scores)
+    names: list[MixerName] = ["no_attention"] * len(scores)
     for place, index in enumerate(_ranked(scores)):
         if place < full + sliding:
             names[index] = "full_attention" if place < full else "sliding_attention"
     return names
 
 
-def _by_threshold(scores: list[float], keep_above: float | None, remove_below: float | None) -> list[str]:
+def _by_threshold(scores: list[float], keep_above: float | None, remove_below: float | None) -> list[MixerName]:
     if keep_above is None or remove_below is None or remove_below > keep_above:
         raise PlanError(
             "tiers.keep_above and tiers.remove_below are needed both, the first not below the second; found "
