@@ -18,7 +18,7 @@ from layerboost.heal.losses import chunked_kl, hidden_loss
 from layerboost.heal.trainer import Healer, adapted_modules, schedule
 from layerboost.model.loading import load_model, load_original
 from tests.conftest import FAMILIES
-from tests.tiny import FULL, NONE, make_checkpoint, some_tokens, window
+from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, window
 
 LAYERS = [NONE, window(8), FULL, NONE]
 SETTINGS = heal.Config(tokens=3_072, length=64, batch=4, rank=4, texts=2, answers=2, learning_rate=3e-3)
@@ -65,14 +65,23 @@ def test_hidden_loss_is_a_share_of_the_variance():
     assert hidden_loss([torch.zeros_like(teacher)], [teacher]).item() == pytest.approx(1, abs=0.1)
 
 
+OWN = [window(8, sink=True), linear("lolcats", 8), linear("gla"), FULL]  # mixers with parameters of their own
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [LAYERS, OWN], ids=["none and window", "own parameters"])
 @torch.no_grad()
-def test_teacher_and_student_share_weights(checkpoints, family):
+def test_teacher_and_student_share_weights(checkpoints, family, layers):
     """The teacher stays bit-equal to the original, whatever the adapter holds; merged equals unmerged."""
-    original = load_original(checkpoints[family])
-    healer = Healer(load_original(checkpoints[family]), LAYERS, SETTINGS)
+    original, model = load_original(checkpoints[family]), load_original(checkpoints[family])
+    native = native_windows(model.config, 4)
+    layers = [FULL if p.mixer == "linear_attention" and n else p for p, n in zip(layers, native, strict=True)]
+    other = load_original(checkpoints[family])
+    other.convert(layers)
+    healer = Healer(model, layers, SETTINGS, other.own_mixers())
+    assert bool(healer.mixing) == any(p.sink or p.mixer == "linear_attention" for p in layers)
     for parameter in healer.parameters.values():
-        parameter.normal_(std=0.05)
+        parameter.add_(0.05 * torch.randn_like(parameter))
     tokens = some_tokens(2, 40)
     with healer.teacher():
         assert torch.equal(
@@ -80,11 +89,29 @@ def test_teacher_and_student_share_weights(checkpoints, family):
         )
     with healer.student():
         student = healer.model(tokens).logits
-    with original.mixed(dict(enumerate(LAYERS))):
+    with original.mixed(dict(enumerate(layers))):
         assert (student - original(tokens).logits).abs().max() > 0.01
     merged = healer.merged(torch.float32)
-    merged.convert(LAYERS)
+    merged.convert(layers, mixers=healer.mixers)
     torch.testing.assert_close(merged(tokens).logits, student, atol=5e-5, rtol=1e-4)
+
+
+def test_attention_transfer_trains_the_mixers_alone(tiny):
+    model, other = load_original(tiny), load_original(tiny)
+    layers = [linear("lolcats", 4), FULL, linear("lolcats", 4, "elu"), NONE]
+    other.convert(layers)
+    healer = Healer(model, layers, SETTINGS, other.own_mixers())
+    optimizer = torch.optim.Adam(healer.parameters.values(), lr=1e-2)
+    before = {name: p.detach().clone() for name, p in healer.adapter.items()}
+    held_out = scored(some_tokens(8, 64, seed=99))
+    first = healer.transfer_loss(held_out).item()
+    for step in range(60):
+        optimizer.zero_grad(set_to_none=True)
+        healer.transfer_loss(scored(some_tokens(4, 64, seed=step))).backward()
+        optimizer.step()
+    assert healer.transfer_loss(held_out).item() < 0.9 * first
+    assert all(torch.equal(p, before[name]) for name, p in healer.adapter.items())
+    assert all(p.grad is not None for p in healer.mixing.values())
 
 
 def test_only_what_is_left_is_adapted(tiny):
@@ -107,28 +134,39 @@ def test_the_student_gets_closer(tiny, hybrid, tmp_path):
     assert (tmp_path / "healed" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
 
-def test_an_interrupted_healing_ends_with_the_same_bytes(tiny, hybrid, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "at"),
+    [(LAYERS, 5), pytest.param(OWN, 2, id="in the transfer"), pytest.param(OWN, 9, id="after it")],
+)
+def test_an_interrupted_healing_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, layers, at):
+    hybrid = convert.run(tiny, Plan(layers=layers), out=tmp_path / "hybrid")
     heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")
-    train_step = Healer.loss
     seen = []
 
-    def interrupted(self, batch):
-        seen.append(batch)
-        if len(seen) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(self, batch)
+    def counted(step):
+        def interrupted(self, batch):
+            seen.append(batch)
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, batch)
 
-    monkeypatch.setattr(Healer, "loss", interrupted)
+        return interrupted
+
+    for name in ("loss", "transfer_loss"):
+        monkeypatch.setattr(Healer, name, counted(getattr(Healer, name)))
     with pytest.raises(KeyboardInterrupt):
         heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
-    assert len(seen) == 5
+    assert len(seen) == at
     heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "parts")
     assert len(seen) == 12
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     curves = [json.loads((tmp_path / out / "healing.json").read_text())["curve"] for out in ("whole", "parts")]
     assert curves[0] == curves[1]
+    learned = [name for name in load_file(tmp_path / "whole" / "model.safetensors") if ".mixer." in name]
+    fresh, trained = (load_file(folder / "model.safetensors") for folder in (hybrid, tmp_path / "whole"))
+    assert all(not torch.equal(fresh[name], trained[name]) for name in learned)
 
 
 def stop_after_six_steps(monkeypatch, hybrid, teacher, out, steps):

@@ -30,13 +30,10 @@ def qkv(queries, keys, heads=6, groups=2, size=8, batch=2):
 
 
 def seen_mask(queries, keys, window):
-    """`[T, S]`, position by position."""
-    seen = torch.zeros(queries, keys, dtype=torch.bool)
-    for q in range(queries):
-        for k in range(keys):
-            here = q + keys - queries
-            seen[q, k] = here - window < k <= here
-    return seen
+    """`[T, S]`: the query at position p sees keys k with p - W < k <= p."""
+    position = torch.arange(keys - queries, keys)[:, None]
+    key = torch.arange(keys)[None]
+    return (position - window < key) & (key <= position)
 
 
 def masked_softmax(q, k, v, window, scale=None, segments=None, softcap=None, sink=None):
@@ -74,6 +71,20 @@ SIZES = [(1, 1), (1, 9), (5, 12), (16, 16), (40, 46), (65, 65), (66, 70), (130, 
 def test_sliding_window_equals_the_mask(window, queries, keys):
     q, k, v = qkv(queries, keys)
     assert_same(sliding_window_attention(q, k, v, window=window), masked_softmax(q, k, v, window), (q, k, v))
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 600])
+@pytest.mark.parametrize(("queries", "keys"), [(1_024, 1_024), (1_025, 1_031), (2_100, 2_100)])
+def test_long_sequences_are_taken_span_by_span(window, queries, keys):
+    q, k, v = qkv(queries, keys, heads=2, groups=1, batch=2)
+    segments = torch.zeros(2, keys, dtype=torch.long)
+    segments[1, keys - queries + 900 :] = 1
+    for given in (None, segments):
+        ours, theirs = (
+            sliding_window_attention(q, k, v, window=window, segments=given),
+            masked_softmax(q, k, v, window, segments=given),
+        )
+        assert_same(ours, theirs, (q, k, v))
 
 
 @pytest.mark.parametrize("window", [1, 7, 64])

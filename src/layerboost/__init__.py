@@ -10,7 +10,19 @@ from layerboost import _registration
 
 __version__ = "0.1.0"
 
-_VERBS = ("analyze", "plan", "convert", "heal", "evaluate", "bench", "report", "pipeline", "inspect")
+_VERBS = (
+    "analyze",
+    "plan",
+    "convert",
+    "heal",
+    "evaluate",
+    "bench",
+    "export",
+    "verify",
+    "report",
+    "pipeline",
+    "inspect",
+)
 _PUBLIC = {
     "Sensitivity": "layerboost.artifacts",
     "Plan": "layerboost.artifacts",

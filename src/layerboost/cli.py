@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from layerboost import __version__
-from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError
+from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError, UsageError, VerificationError
 from layerboost.progress import say
 
 app = typer.Typer(
     help="Make a pretrained LLM faster: keep softmax attention where it matters, window or remove it elsewhere, heal.",
-    epilog="Exit codes: 0 done, 2 usage, 3 checkpoint, 4 plan, 5 data, 6 environment, 7 training, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 usage, 3 checkpoint, 4 plan, 5 data, 6 environment, 7 training, 8 verification, "
+    "130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -162,6 +163,68 @@ def bench(hybrid: HybridArgument, against: Against, out: OutFile, settings: Sett
 
     found = bench_verb.run(hybrid, against, configured(bench_verb.Config, settings or []), out=out)
     _print(_cost_table(found))
+
+
+@verb
+def export(
+    hybrid: HybridArgument,
+    out: OutFolder,
+    portable: Annotated[bool, typer.Option("--portable", help="With its own code, for trust_remote_code.")] = False,
+    native: Annotated[bool, typer.Option("--native", help="As a stock model, for plans of one window.")] = False,
+) -> None:
+    """Write a hybrid for people without LayerBoost."""
+    _quiet()
+    from layerboost import export as export_verb
+
+    if portable == native:
+        raise UsageError("name the form to export to: either --portable or --native")
+    say(f"wrote {export_verb.run(hybrid, 'portable' if portable else 'native', out=out)}")
+
+
+@verb
+def verify(
+    path: Annotated[str, typer.Argument(help="Folder of a hybrid or of an export.", metavar="PATH")],
+    against: Annotated[str, typer.Option(help="The hybrid; or, for one not healed, the original.", metavar="MODEL")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="DANGEROUS: run the code that comes with PATH.")
+    ] = False,
+) -> None:
+    """Prove that a checkpoint computes what the hybrid here computes."""
+    _quiet()
+    from typing import get_args
+
+    from layerboost import verify as verify_verb
+
+    if dtype not in get_args(verify_verb.DTYPES):
+        raise UsageError(f"dtype must be one of {', '.join(get_args(verify_verb.DTYPES))}, found {dtype!r}")
+    checks = verify_verb.run(path, against, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    table = Table("check", "found", "holds")
+    for check in checks:
+        table.add_row(check.name, escape(check.found), "yes" if check.holds else "NO")
+    _print(table)
+    failed = sum(not check.holds for check in checks)
+    if failed:
+        raise VerificationError(f"{failed} of {len(checks)} checks do not hold for {path}")
+
+
+@verb
+def families(
+    everything: Annotated[bool, typer.Option("--all", help="Also what transformers has beside them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the model families, and how each was verified."""
+    _quiet()
+    from layerboost.model.overview import overview
+
+    found = overview(everything)
+    if as_json:
+        typer.echo(json.dumps([vars(entry) for entry in found], indent=1))
+        return
+    table = Table("model_type", "transformers class", "supported", "how it was verified, or why not")
+    for entry in found:
+        table.add_row(entry.family, entry.model_class, "yes" if entry.supported else "no", entry.how)
+    _print(table)
 
 
 @verb

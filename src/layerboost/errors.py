@@ -6,7 +6,8 @@
     ├── PlanError                   4   a plan or sensitivity that does not fit, or a budget that cannot be met
     ├── DataError                   5   too little data, or data that cannot be read
     ├── EnvironmentTrouble          6   disk full, folder locked, no such device, out of memory
-    └── TrainingError               7   a loss or weight that is not finite
+    ├── TrainingError               7   a loss or weight that is not finite
+    └── VerificationError           8   a checkpoint does not compute what it should
                                   130   interrupted; the same command goes on
 
 A message says what, the rule, what was found and what to do.
@@ -39,6 +40,10 @@ class EnvironmentTrouble(LayerBoostError, RuntimeError):
 
 class TrainingError(LayerBoostError, RuntimeError):
     exit_code = 7
+
+
+class VerificationError(LayerBoostError, RuntimeError):
+    exit_code = 8
 
 
 INTERRUPTED = 130

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerboost.errors import CheckpointError
 from layerboost.layer_plan import LayerPlan
+from layerboost.model.families import first_tensor
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.mixers import Sequences
 
@@ -65,8 +66,3 @@ def suffix(model: Hybrid, prefix: Prefix, layer: int, plan: LayerPlan) -> Tensor
         for block, arguments in zip(model.decoder_layers[layer:], prefix.arguments[layer:], strict=True):
             hidden = first_tensor(block(hidden, **arguments, layerboost=Sequences()))
     return model.final_norm(hidden)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A layer's hidden states, whether it answers with them alone or in a tuple."""
-    return output[0] if isinstance(output, tuple) else output

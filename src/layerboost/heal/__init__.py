@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field
-from safetensors import safe_open
 
 from layerboost.artifacts import Healing, check_output_folder, lock, to_json
 from layerboost.data.corpus import open_corpus
@@ -19,13 +18,14 @@ from layerboost.model.loading import (
     describe,
     digest,
     find_model,
+    load_model,
     load_original,
     load_tokenizer,
     pick_device,
     plan_of,
     read_config,
-    weight_files,
 )
+from layerboost.model.mixers import MIXER
 from layerboost.model.saving import save_hybrid
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
@@ -53,6 +53,8 @@ class Config(DataConfig):
         rank: of the LoRA adapters, on every linear of the decoder layers that is left.
         learning_rate: peak; None is 0.5 / hidden size.
         hidden_weight: of the hidden-state loss beside the KL.
+        mixer_rate: peak learning rate of mixers' own parameters: sinks, and those of linear attention.
+        transfer_share: share of the tokens that linear attention first learns its softmax attention's outputs on.
         probe_share: share of the sequences that are recall probes.
         texts, answers: validation sequences of text, and of each probe.
     """
@@ -63,6 +65,8 @@ class Config(DataConfig):
     rank: int = Field(32, ge=1)
     learning_rate: float | None = Field(None, gt=0)
     hidden_weight: float = Field(5.0, ge=0)
+    mixer_rate: float = Field(1e-2, gt=0)
+    transfer_share: float = Field(0.2, ge=0, lt=1)
     probe_share: float = Field(0.4, ge=0, le=1)
     texts: int = Field(16, ge=2)
     answers: int = Field(32, ge=2)
@@ -104,7 +108,7 @@ def run(
     student_config, base_config = read_config(student_folder), read_config(folder)
     layers = plan_of(student_config, student_folder)
     model = load_original(folder)
-    check_same_weights(student_folder, layers, model, folder)
+    mixers = check_same_weights(student_folder, layers, model, folder)
     dtype = model.dtype
     device = pick_device(config.device)
     if device == "cpu":
@@ -114,7 +118,7 @@ def run(
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
     rows, validation = _data(model, load_tokenizer(folder), layers, config)
     with lock(steps_folder):
-        healer = Healer(model, layers, config)
+        healer = Healer(model, layers, config, mixers)
         steps, curve = train(healer, rows, validation, steps_folder, made_from)
         if not healer.changes:
             say("the plan keeps every attention, so there is nothing to heal")
@@ -131,7 +135,11 @@ def run(
         )
         healed = healer.merged(dtype).cpu()
         origin = base_provenance(describe(teacher, folder, base_config))
-        healed.convert(layers, origin | {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}})
+        healed.convert(
+            layers,
+            origin | {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}},
+            {i: mixer.to(device="cpu", dtype=dtype) for i, mixer in healer.mixers.items()},
+        )
         what = f"converted, and healed with {healing.tokens:,} tokens of distillation"
         save_hybrid(
             healed, out, original=folder, inputs=made_from, what=what, extra_files={"healing.json": to_json(healing)}
@@ -146,22 +154,27 @@ def run(
     return healing
 
 
-def check_same_weights(hybrid: Path, layers: list[LayerPlan], original: Hybrid, source: Path) -> None:
-    """Raises CheckpointError unless the hybrid's tensors are the original's, as `convert` leaves them."""
+def check_same_weights(
+    hybrid: Path, layers: list[LayerPlan], original: Hybrid, source: Path
+) -> dict[int, torch.nn.Module]:
+    """Per layer, the mixer with parameters of its own.
+
+    Raises:
+        CheckpointError: the hybrid's other tensors are not the original's, as `convert` leaves them.
+    """
     if len(layers) != len(original.decoder_layers):
         raise CheckpointError(
             f"{hybrid} has {len(layers)} layers, its teacher {source} has {len(original.decoder_layers)}; name the "
             "model it was converted from"
         )
-    state = original.state_dict()
-    for path in weight_files(hybrid):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, not a mapping
-                if name not in state or not torch.equal(file.get_tensor(name), state[name]):
-                    raise CheckpointError(
-                        f"{hybrid}: tensor {name} is not that of the teacher {source}; name the model it was "
-                        "converted from, and a hybrid that is not healed yet"
-                    )
+    state, student = original.state_dict(), load_model(hybrid)
+    for name, tensor in student.state_dict().items():
+        if f".{MIXER}." not in name and (name not in state or not torch.equal(tensor, state[name])):
+            raise CheckpointError(
+                f"{hybrid}: tensor {name} is not that of the teacher {source}; name the model it was converted from, "
+                "and a hybrid that is not healed yet"
+            )
+    return student.own_mixers()
 
 
 def _data(model: Hybrid, tokenizer: Any, layers: list[LayerPlan], config: Config) -> Any:

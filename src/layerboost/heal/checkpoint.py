@@ -16,7 +16,7 @@ from layerboost.errors import EnvironmentTrouble, UsageError
 
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{6,})")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_step(
@@ -29,10 +29,11 @@ def save_step(
 ) -> None:
     """Publish `step-NNNNNN`; drop all but the newest two of this healing, and those of any other."""
     with publish_folder(folder / f"step-{step:06}", inputs) as partial:
-        moments = {
-            f"{moment}.{name}": optimizer.state[tensor][moment]
+        moments = {  # of parameters that were trained so far
+            f"{key}.{name}": optimizer.state[tensor][key]
             for name, tensor in parameters.items()
-            for moment in _MOMENTS
+            for key in _STATE
+            if tensor in optimizer.state
         }
         try:
             save_file(
@@ -58,7 +59,7 @@ def load_newest(
     folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, inputs: dict[str, str]
 ) -> dict[str, Any] | None:
     """Load the newest step that is intact and was made from the same inputs; None if there is none."""
-    for step, path in reversed(steps(folder)):
+    for _, path in reversed(steps(folder)):
         if recorded_inputs(path) != inputs or not intact(path, deep=True):
             continue
         try:
@@ -69,9 +70,9 @@ def load_newest(
         with torch.no_grad():
             for name, tensor in parameters.items():
                 tensor.copy_(adapter[name])
-                optimizer.state[tensor] = {
-                    "step": torch.tensor(float(step)),
-                    **{moment: moments[f"{moment}.{name}"].to(tensor.device) for moment in _MOMENTS},
-                }
+                if f"step.{name}" in moments:
+                    optimizer.state[tensor] = {
+                        key: moments[f"{key}.{name}"].to("cpu" if key == "step" else tensor.device) for key in _STATE
+                    }
         return state
     return None

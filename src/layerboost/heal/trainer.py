@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import peft
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerboost.artifacts import CurvePoint
 from layerboost.data.probes import PROBES
@@ -25,7 +25,9 @@ from layerboost.errors import TrainingError
 from layerboost.heal.checkpoint import load_newest, save_step
 from layerboost.heal.losses import chunked_kl, hidden_loss
 from layerboost.layer_plan import LayerPlan
+from layerboost.model.families import first_tensor
 from layerboost.model.hybrid import Hybrid, LogitsHead
+from layerboost.model.mixers import Sequences as MixedSequences
 from layerboost.progress import progress
 from layerboost.scoring import (
     batch_rows,
@@ -50,10 +52,15 @@ class Healer:
     Args:
         model: the original, every attention in place; adapters are added to it.
         layers: the student's plan.
+        mixers: per layer, the module with the mixer's own parameters, if it has some; trained in float32, in place.
     """
 
-    def __init__(self, model: Hybrid, layers: list[LayerPlan], config: "Config") -> None:
+    def __init__(
+        self, model: Hybrid, layers: list[LayerPlan], config: "Config", mixers: dict[int, nn.Module] | None = None
+    ) -> None:
         self.model, self.layers, self.config = model, layers, config
+        self.mixers = {i: mixer.float().to(model.device) for i, mixer in (mixers or {}).items()}
+        self.linear = [i for i, plan in enumerate(layers) if plan.mixer == "linear_attention"]
         self.changes = {i: plan for i, plan in enumerate(layers) if plan.mixer != "full_attention"}
         torch.manual_seed(config.seed)
         self.peft: Any = peft.get_peft_model(
@@ -67,7 +74,9 @@ class Healer:
             ),
         ).eval()  # dropout of the family, if any, would make the teacher another model at every step
         self.head = LogitsHead(model)
-        self.parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+        self.adapter = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+        self.mixing = {f"mixer.{i}.{name}": p for i, m in self.mixers.items() for name, p in m.named_parameters()}
+        self.parameters = self.adapter | self.mixing
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
@@ -76,14 +85,14 @@ class Healer:
 
     @contextlib.contextmanager
     def student(self) -> Iterator[None]:
-        with self.model.mixed(self.changes):
+        with self.model.mixed(self.changes, self.mixers):
             yield
 
     def hidden(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states `[N, T, E]`, and the output of every changed layer."""
         found: list[Tensor] = []
         hooks = [
-            self.model.decoder_layers[i].register_forward_hook(lambda _, __, output: found.append(output))
+            self.model.decoder_layers[i].register_forward_hook(lambda _, __, output: found.append(first_tensor(output)))
             for i in self.changes
         ]
         try:
@@ -103,6 +112,33 @@ class Healer:
         if not self.changes or not self.config.hidden_weight:
             return kl
         return kl + self.config.hidden_weight * hidden_loss(student_layers, teacher_layers)
+
+    def transfer_loss(self, batch: Sequences) -> Tensor:
+        """How far each linear attention's output is from the softmax attention's on the same inputs, those of the
+        teacher: mean over layers of the squared distance, as a share of the teacher's variance.
+
+        Source: arXiv 2410.10254 (LoLCATs) section 3.2, attention transfer.
+        """
+        seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+        name = self.model.anatomy.attention
+        attentions = {i: getattr(self.model.decoder_layers[i], name) for i in self.linear}
+
+        def keep(index: int) -> Any:
+            return lambda _, args, kwargs, output: seen.update({index: (args, kwargs, first_tensor(output))})
+
+        hooks = [a.register_forward_hook(keep(i), with_kwargs=True) for i, a in attentions.items()]
+        try:
+            with self.teacher():
+                self.model.base_model(input_ids=batch.tokens.to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        with self.peft.disable_adapter(), self.student():
+            found = [
+                first_tensor(attentions[i](*args, **kwargs, layerboost=MixedSequences()))
+                for i, (args, kwargs, _) in seen.items()
+            ]
+        return hidden_loss([f[None] for f in found], [output[None] for _, _, output in seen.values()])
 
     def merged(self, dtype: torch.dtype) -> Hybrid:
         """The student as a model of its own; this object is spent afterwards."""
@@ -140,9 +176,13 @@ def train(
     """
     config = healer.config
     steps = math.ceil(len(rows) / config.batch) if healer.changes else 0
+    transfer = round(steps * config.transfer_share) if healer.linear else 0
     tokens_per_row = rows.tokens.shape[1]
     peak = config.learning_rate or default_learning_rate(healer.model.config.hidden_size)
-    optimizer = torch.optim.AdamW(healer.parameters.values(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": list(healer.adapter.values()), "peak": peak}]
+    if healer.mixing:
+        groups.append({"params": list(healer.mixing.values()), "peak": config.mixer_rate})
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     state = load_newest(steps_folder, healer.parameters, optimizer, inputs) or {"step": 0, "curve": []}
     curve = [CurvePoint.model_validate(point) for point in state["curve"]]
     looks = {round(steps * i / _LOOKS) for i in range(_LOOKS + 1)}
@@ -159,11 +199,13 @@ def train(
         curve.append(look(healer, validation, 0, 0, None))
     with _stop_signals() as stopped, progress("heal", steps, done=state["step"]) as advance:
         for step in range(state["step"], steps):
+            aligning = step < transfer
+            share = schedule(step, transfer) if aligning else schedule(step - transfer, steps - transfer)
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(step, steps)
+                group["lr"] = group["peak"] * share
             batch = rows[step * config.batch : (step + 1) * config.batch]
             optimizer.zero_grad(set_to_none=True)
-            loss = healer.loss(batch)
+            loss = healer.transfer_loss(batch) if aligning else healer.loss(batch)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(healer.parameters.values(), 1.0)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):

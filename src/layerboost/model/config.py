@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layerboost.errors import CheckpointError, PlanError
 from layerboost.layer_plan import LayerPlan, parse_layers
-from layerboost.model import families
+from layerboost.model.families import VERIFIED, windows_of
 
 PREFIX = "layerboost_"
 
@@ -23,7 +23,7 @@ def base_config_class(family: str) -> type[PreTrainedConfig]:
     if family not in CONFIG_MAPPING or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"model_type {family!r} is not a causal language model of transformers; supported are "
-            f"{', '.join(families.VERIFIED)} and families built alike"
+            f"{', '.join(VERIFIED)} and families built alike"
         )
     return CONFIG_MAPPING[family]
 
@@ -46,7 +46,7 @@ def config_class(family: str) -> type[PreTrainedConfig]:
 
 def native_windows(config: PreTrainedConfig) -> list[int | None]:
     """What each layer of the original model sees, in tokens; None is everything."""
-    return families.native_windows(config, stock_class(family_of(config)))
+    return windows_of(config, stock_class(family_of(config)))
 
 
 def check_windows(changes: dict[int, LayerPlan], native: list[int | None]) -> None:

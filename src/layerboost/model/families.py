@@ -33,14 +33,19 @@ class Anatomy:
     Attributes:
         layers: of the decoder layers in the base model.
         attention: of the attention in a decoder layer.
-        norms: in a decoder layer, those that serve attention alone and go with it.
+        before, after: in a decoder layer, the norms that serve attention alone and go with it.
         final_norm: of the norm after the last layer, in the base model.
     """
 
     layers: str
     attention: str
-    norms: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
     final_norm: str
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return self.before + self.after
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -105,7 +110,7 @@ def anatomy_of(base: Any) -> Anatomy:
         raise refuse(f"its decoder layer could not be followed ({first[:120]})") from None
     if len(own) != 1:
         raise refuse("its decoder layers differ in their norms")
-    return Anatomy(stacks[0], attention, next(iter(own)), norms[0])
+    return Anatomy(stacks[0], attention, *next(iter(own)), norms[0])
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -135,7 +140,7 @@ class _StandIn(nn.Module):
         return self.gave
 
 
-def _norms_of_attention(layer: Any, attention: str, hidden_size: int) -> tuple[str, ...]:
+def _norms_of_attention(layer: Any, attention: str, hidden_size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Norms that serve attention alone: the one before it, unless something else reads it too, and those after it."""
     parts, _ = _follow(layer, attention, hidden_size)
     given, result = parts[attention].given, parts[attention].gave[0]
@@ -148,7 +153,7 @@ def _norms_of_attention(layer: Any, attention: str, hidden_size: int) -> tuple[s
         _, shifted = _follow(layer, attention, hidden_size, silent=True, shift=name)
         if torch.equal(plain, shifted):
             unshared.append(name)
-    return tuple(sorted(unshared + after))
+    return tuple(unshared), tuple(after)
 
 
 def _follow(
@@ -194,11 +199,16 @@ def _run(
     return parts, out[0] if isinstance(out, tuple) else out
 
 
-def native_windows(config: PreTrainedConfig, model_class: Any) -> list[int | None]:
+def windows_of(config: PreTrainedConfig, model_class: Any) -> list[int | None]:
     """What each layer of the original model sees, in tokens; None is everything."""
     window = getattr(config, "sliding_window", None)
     modeling = sys.modules[model_class.__module__]
-    if window is None or not hasattr(modeling, "create_sliding_window_causal_mask"):
+    if not window or not hasattr(modeling, "create_sliding_window_causal_mask"):
         return [None] * config.num_hidden_layers
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A layer's hidden states, whether it answers with them alone or in a tuple."""
+    return output[0] if isinstance(output, tuple) else output

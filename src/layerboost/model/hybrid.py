@@ -33,7 +33,7 @@ from layerboost.model.config import (
     stock_class,
 )
 from layerboost.model.families import Anatomy, anatomy_of
-from layerboost.model.mixers import Sequences, apply_mixer, mixed, with_mixin
+from layerboost.model.mixers import MIXER, Sequences, apply_mixer, mixed, with_mixin
 
 # transformers returns a mask that has four dimensions as it is: so a base model builds none where no layer reads one
 _NO_MASK = torch.empty(1, 1, 1, 1)
@@ -75,9 +75,14 @@ class MixedBase:
             fit_cache(past_key_values, self.config, plan)
         if untouched:  # all the rest is the family's own
             return super().forward(  # type: ignore[misc]
-                input_ids, attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-            )  # fmt: skip
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         packed = None
         if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past_key_values is None:
             packed = find_packed_sequence_indices(position_ids)
@@ -124,6 +129,15 @@ class Hybrid(PreTrainedModel):
     @property
     def plan(self) -> list[LayerPlan]:
         return plan_in_place(self.base_model)
+
+    def own_mixers(self) -> dict[int, nn.Module]:
+        """Per layer, the mixer's module, where it has parameters of its own."""
+        found = {}
+        for index, layer in enumerate(self.decoder_layers):
+            mixer = getattr(layer, self.anatomy.attention)._modules.get(MIXER)
+            if mixer is not None and next(mixer.parameters(), None) is not None:
+                found[index] = mixer
+        return found
 
     def mixed(
         self, changes: dict[int, LayerPlan], mixers: dict[int, nn.Module] | None = None

@@ -29,6 +29,7 @@ from layerboost.model.config import (
 from layerboost.model.families import anatomy_of
 from layerboost.model.hybrid import Hybrid, check_tensors, has_soft_cap, model_class
 from layerboost.model.mixers import HeadShape
+from layerboost.model.selfcheck import check_faithful
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
@@ -117,6 +118,7 @@ def _built_empty(config: PreTrainedConfig) -> Any:
     for key in (*sizes, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window"):
         value = getattr(config, key, None)
         optional = value is None and key in ("num_key_value_heads", "head_dim", "sliding_window")
+        optional = optional or (value == 0 and key == "sliding_window")  # none, to some families
         if not optional and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
     with torch.device("meta"):
@@ -237,13 +239,16 @@ def load_original(folder: Path, *, dtype: torch.dtype | None = None, device: str
         dtype: of the weights in memory; None is the checkpoint's own.
 
     Raises:
-        CheckpointError: not a whole, finite checkpoint of a supported family, or a hybrid already.
+        CheckpointError: not a whole, finite checkpoint of a supported family, a hybrid already, or of a family without
+            contract tests and not converted faithfully when tried.
     """
     config = read_config(folder)
     if is_hybrid(config):
         raise CheckpointError(f"{folder} is a hybrid already; name the original model")
     wanted = hybrid_config(config, full_plan(config.num_hidden_layers))
-    return _load(model_class(family_of(config)), wanted, folder, dtype, device)
+    model = _load(model_class(family_of(config)), wanted, folder, dtype, device)
+    check_faithful(model)
+    return model
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:

@@ -323,7 +323,7 @@ class MixedAttention:
 
     def forward(self, *args: Any, layerboost: Sequences | None = None, **kwargs: Any) -> Any:
         if layerboost is None or len(args) > 1:
-            raise RuntimeError(f"{type(self).__name__} was called in a way that LayerBoost does not know")
+            raise RuntimeError(f"{type(self).__name__} is not told of padding: its layer hands on no further arguments")
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs["attention_mask"] = Call(layerboost, hidden, _cache_layer(kwargs, self.layer_idx))
         return super().forward(*args, **kwargs)  # type: ignore[misc]

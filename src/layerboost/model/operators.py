@@ -13,6 +13,8 @@ from torch.nn import functional as F
 # Segment numbers: a query sees a key of the same segment. Users' padding is PADDING; the rest fills up blocks.
 PADDING, _RIGHT, _LEFT = -1, -2, -3
 
+_SPAN = {"cpu": 1_024}  # queries that windows work on at once, to stay in a processor's cache
+_LONGEST_SPAN = 16_384
 _CHUNK = 64  # tokens that linear attention takes together
 _GATED_CHUNK = 16
 LOG_DECAY_MIN = -5.0  # a step's least log decay: over a chunk exp(16 * 5) still fits float32
@@ -92,7 +94,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _over_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None, attend: Attend) -> Tensor:
-    """Attend within the window, block by block.
+    """Attend within the window, span by span, so that what is held in between stays small and in fast memory.
 
     `attend` gets queries `[B * N, G, R * C, D]`, keys and values `[B * N, G, M, D]` and a mask `[B * N, 1, R * C, M]`,
     True where visible, or None where everything is; every query sees itself. It returns `[B * N, G, R * C, X]`.
@@ -101,6 +103,26 @@ def _over_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor 
         `[B, H, T, X]`.
     """
     _check(q, k, window)
+    past, span = k.shape[2] - q.shape[2], max(_SPAN.get(q.device.type, _LONGEST_SPAN), 2 * window)
+    if q.shape[2] <= span:
+        return _over_span(q, k, v, window, segments, attend)
+    # split, and not slices of the whole: the backward pass of each slice would fill a tensor of the whole length
+    sizes = [past, *[span] * (q.shape[2] // span), q.shape[2] % span]
+    (near_k, *all_k), (near_v, *all_v) = k.split(sizes, 2), v.split(sizes, 2)
+    end, parts = past, []
+    for query, key, value in zip(q.split(sizes[1:], 2), all_k, all_v, strict=True):
+        kept = min(window - 1, near_k.shape[2])
+        near_k = torch.cat([near_k[:, :, near_k.shape[2] - kept :], key], 2)
+        near_v = torch.cat([near_v[:, :, near_v.shape[2] - kept :], value], 2)
+        end += query.shape[2]
+        here = None if segments is None else segments[:, end - near_k.shape[2] : end]
+        if query.shape[2]:
+            parts.append(_over_span(query, near_k, near_v, window, here, attend).transpose(1, 2))
+    return torch.cat(parts, 1).transpose(1, 2)
+
+
+def _over_span(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor | None, attend: Attend) -> Tensor:
+    """Block by block, all blocks at once."""
     batch, heads, queries, size = q.shape
     groups = k.shape[1]
     kept = min(k.shape[2], queries + window - 1)
@@ -113,7 +135,7 @@ def _over_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor 
         left = right = 0
         earlier_tokens = past
     else:
-        block = min(max(window // 4, 32), 128)
+        block = min(max(window // 4, 32), 128)  # the fastest of 32 to 256 at windows of 16 to 1,024
         earlier = -(-(window - 1) // block)
         blocks = -(-queries // block)
         earlier_tokens = earlier * block
@@ -136,8 +158,9 @@ def _over_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor 
     padded = F.pad(q, (0, 0, 0, right)).view(batch, groups, heads // groups, blocks, block, size)
     rows = padded.permute(0, 3, 1, 2, 4, 5).reshape(batch * blocks, groups, -1, size)
     out = attend(rows, cut(k), cut(v), mask)
-    out = out.view(batch, blocks, groups, heads // groups, block, -1).permute(0, 2, 3, 1, 4, 5)
-    return out.reshape(batch, heads, blocks * block, -1)[:, :, :queries]
+    # in memory by token, as the output projection takes it
+    out = out.view(batch, blocks, groups, heads // groups, block, -1).permute(0, 1, 4, 2, 3, 5)
+    return out.reshape(batch, blocks * block, heads, -1)[:, :queries].transpose(1, 2)
 
 
 def _block_mask(

@@ -91,9 +91,15 @@ def _card(name: str, base: str, what: str, layers: list[LayerPlan]) -> str:
 
 @torch.no_grad()
 def _read_back(model: Hybrid, folder: Path) -> None:
+    """Raises CheckpointError unless the folder holds the model's tensors to the bit, and computes its logits."""
     length = min(32, model.config.max_position_embeddings)
     tokens = torch.arange(length)[None] * 7 % model.config.vocab_size
     again = load_model(folder)
-    wanted, found = model(tokens.to(model.device)).logits.cpu(), again(tokens).logits
-    if not torch.allclose(wanted, found, rtol=0, atol=0, equal_nan=True):
+    stored, held = again.state_dict(), model.state_dict()
+    same = stored.keys() == held.keys() and all(torch.equal(stored[name], held[name].cpu()) for name in held)
+    wanted, found = model(tokens.to(model.device)).logits.float().cpu(), again(tokens).logits.float()
+    # batched products of few rows, as in linear attention, round by where memory lies
+    exact = all(plan.mixer != "linear_attention" for plan in model.plan)
+    near = 0.0 if exact else 0.02 * wanted.abs().max().item()
+    if not (same and torch.allclose(wanted, found, rtol=0, atol=near, equal_nan=True)):
         raise CheckpointError(f"{folder}: the checkpoint does not read back to the same logits; nothing was published")
