@@ -16,7 +16,7 @@ from layerboost.artifacts import MANIFEST, check_output_folder, check_space, int
 from layerboost.errors import CheckpointError
 from layerboost.export.native import native_model
 from layerboost.model.config import config_class, family_of
-from layerboost.model.hybrid import model_class
+from layerboost.model.hybrid import has_soft_cap, model_class
 from layerboost.model.loading import (
     digest,
     find_model,
@@ -128,4 +128,5 @@ def _card(form: Form, name: str, config: Any, model: Any = None) -> str:
     return render(
         form=form, name=name, base=base, layers=config.layerboost["layers"], transformers=transformers_version,
         stock=None if model is None else type(model).__name__,
+        soft_cap=form == "native" and has_soft_cap(config),
     )  # fmt: skip

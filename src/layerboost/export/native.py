@@ -17,7 +17,12 @@ from layerboost.model.config import family_of, native_windows, stock_class
 from layerboost.model.hybrid import Hybrid, has_soft_cap
 
 # where a family has no windows of its own: one with the same tensors that has
-_WINDOWED_TWIN = {"llama": ("mistral", "ministral")}
+_WINDOWED_TWIN = {
+    "llama": ("mistral", "ministral"),
+    "mistral": ("ministral",),
+    "olmo2": ("olmo3",),
+    "granite": ("granite_swa",),
+}
 _OURS = ("model_type", "architectures", "layerboost", "transformers_version", "auto_map")
 
 

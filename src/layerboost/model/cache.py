@@ -16,8 +16,9 @@ from transformers.cache_utils import (
 
 from layerboost.layer_plan import LayerPlan
 
-# transformers sizes its masks by the first layer of a cache that says True or False; this is neither
-_OWN_MASK: Any = None
+# transformers sizes the masks of full layers by the first cache layer that is not sliding, and those of sliding ones by
+# the first that equals True; ours see by themselves, and must be neither
+_OWN_MASK: Any = "layerboost"
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
@@ -29,7 +30,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past:
+        if not getattr(self, "record_past", False):  # older versions of transformers record nothing
             # Upstream keeps a view, which keeps a whole prompt's keys alive; and [-0:] would keep all of a window of 1.
             kept = min(self.sliding_window - 1, keys.shape[-2])
             start = keys.shape[-2] - kept
@@ -93,6 +94,8 @@ class FixedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
     def reset(self) -> None:
         self.seen *= 0
         for tensor in (self.keys, self.values, self.state):
@@ -150,6 +153,8 @@ class LengthOnlyLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
 
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove that many tokens; positive: the older spelling, keep that many."""

@@ -191,7 +191,7 @@ def _run(
         rotary = (torch.ones(1, 2, 4), torch.ones(1, 2, 4))
         given = {
             "attention_mask": None, "position_ids": position, "cache_position": position[0], "use_cache": False,
-            "past_key_values": None, "layer_past": None, "position_embeddings": rotary,
+            "past_key_values": None, "cache": None, "layer_past": None, "position_embeddings": rotary,
         }  # fmt: skip
         wanted = inspect.signature(type(layer).forward).parameters
         arguments = {key: value for key, value in given.items() if key in wanted}

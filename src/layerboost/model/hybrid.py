@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -33,7 +32,15 @@ from layerboost.model.config import (
     stock_class,
 )
 from layerboost.model.families import Anatomy, anatomy_of
-from layerboost.model.mixers import MIXER, Sequences, apply_mixer, mixed, with_mixin
+from layerboost.model.mixers import (
+    MIXER,
+    Sequences,
+    apply_mixer,
+    cache_argument,
+    mixed,
+    take_cache,
+    with_mixin,
+)
 
 # transformers returns a mask that has four dimensions as it is: so a base model builds none where no layer reads one
 _NO_MASK = torch.empty(1, 1, 1, 1)
@@ -44,17 +51,19 @@ class MixedBase:
 
     config: Any
     layerboost_anatomy: Anatomy
+    layerboost_cache_argument: str  # what this version of transformers calls the cache
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        past = take_cache(kwargs)
         plan = plan_in_place(self)
         untouched = all(layer.mixer == "full_attention" for layer in plan)
         if not (
@@ -69,29 +78,28 @@ class MixedBase:
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
         use_cache = use_cache and not checkpointing
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            fit_cache(past_key_values, self.config, plan)
+        if use_cache and past is None:
+            past = DynamicCache(config=self.config)
+        if past is not None:
+            fit_cache(past, self.config, plan)
+        kwargs[self.layerboost_cache_argument] = past
         if untouched:  # all the rest is the family's own
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **kwargs,
             )
         packed = None
-        if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past_key_values is None:
+        if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past is None:
             packed = find_packed_sequence_indices(position_ids)
         reads_a_mask = any(layer.mixer == "full_attention" for layer in plan)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask if reads_a_mask else _NO_MASK,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             layerboost=Sequences(attention_mask, packed),
@@ -267,6 +275,7 @@ def _install(model: Any, config: Any) -> None:
     layers = layers_of(config)
     base = model.base_model
     base.layerboost_anatomy = anatomy_of(base)
+    base.layerboost_cache_argument = cache_argument(base.forward)
     base.__class__ = with_mixin(MixedBase, base.__class__)
     for index, (layer, plan) in enumerate(zip(model.decoder_layers, layers, strict=True)):
         apply_mixer(layer, index, plan, model.anatomy)

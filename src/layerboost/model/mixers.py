@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layerboost.errors import PlanError
@@ -90,10 +91,29 @@ class NoAttention(nn.Module):
         return hidden_states.new_zeros(()), None
 
 
+# what a cache is called: in most of transformers 5, since 5.2x, and in gpt_neox
+_CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
+
+
+def cache_argument(forward: Any) -> str:
+    """The name under which this function takes a cache."""
+    known = inspect.signature(forward).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in known), _CACHE_ARGUMENTS[0])
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among keyword arguments, taken out of them."""
+    found = [kwargs.pop(name, None) for name in _CACHE_ARGUMENTS]
+    return next((cache for cache in found if cache is not None), None)
+
+
 def _cache_layer(kwargs: dict[str, Any], index: int) -> Any:
-    """gpt_neox still calls its cache `layer_past`."""
-    found = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return None if found is None else found.layers[index]
+    found = take_cache(dict(kwargs))
+    if found is None:
+        return None
+    if not isinstance(found, Cache):
+        raise ValueError("a hybrid does not run on transformers' paged cache; use generate, or serve it on vLLM")
+    return found.layers[index]
 
 
 @dataclass(frozen=True)
@@ -331,12 +351,9 @@ class MixedAttention:
 
 def attend(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Call, dropout: float = 0.0,
-    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, cache: Any = None,
-    **_: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers' attention interface calls for a mixed attention; `[B, H, T, D]` to `[B, T, H, D]`."""
-    if cache is not None:
-        raise ValueError("a hybrid does not run on transformers' paged cache; use generate, or serve it on vLLM")
     mixer = attention._modules[MIXER]
     return mixer(
         attention, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap,

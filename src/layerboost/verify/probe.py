@@ -75,11 +75,13 @@ def main() -> None:
     folder, prompts, out, dtype = sys.argv[1:5]
     sys.meta_path.insert(0, _Absent())
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code="--trust-remote-code" in sys.argv
-    ).eval()
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": "--trust-remote-code" in sys.argv}
+    config = AutoConfig.from_pretrained(folder, **options)
+    if getattr(config, "attn_logit_softcapping", None):  # which transformers' default leaves out
+        options["attn_implementation"] = "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     assert not any(name.partition(".")[0] == "layerboost" for name in sys.modules)
     save_file({key: value.contiguous() for key, value in measure(model, load_file(prompts)).items()}, out)
 
