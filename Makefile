@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format clean
+# what a portable checkpoint is also opened with: the oldest transformers that LayerBoost itself takes
+OTHER_TRANSFORMERS := 5.16.1
+
+.PHONY: demo test test-all check format portable clean
 
 demo: .venv/installed
 	$(BIN)/layerboost demo
@@ -32,5 +35,14 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# an environment without layerboost, with another transformers, for the tests of portable checkpoints
+portable: .venv-portable/installed
+
+.venv-portable/installed: Makefile constraints.txt
+	rm -rf .venv-portable && $(PYTHON) -m venv .venv-portable
+	grep -v '^transformers==' constraints.txt > .venv-portable/constraints.txt
+	.venv-portable/bin/python -m pip install --quiet --constraint .venv-portable/constraints.txt torch transformers==$(OTHER_TRANSFORMERS)
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-portable runs build dist

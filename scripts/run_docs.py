@@ -12,7 +12,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("analyze", "plan", "convert", "heal", "evaluate", "bench", "inspect", "run", "report")
+PAGES = (
+    "analyze",
+    "plan",
+    "convert",
+    "heal",
+    "evaluate",
+    "bench",
+    "inspect",
+    "export",
+    "verify",
+    "families",
+    "run",
+    "report",
+)
 BLOCK = re.compile(r"^```(bash|python) runnable\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -108,7 +108,7 @@ def native_windows(config, layers):
 
 
 def attention_of(layer):
-    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+    return next(getattr(layer, name) for name in ("self_attn", "attention", "attn") if hasattr(layer, name))
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def reference_logits(folder, layers, tokens, padding=None, mixers=None):
     batch, length = tokens.shape
     padding = torch.ones_like(tokens) if padding is None else padding
     positions = (padding.cumsum(-1) - 1).clamp(min=0)
-    stack = model.base_model.layers
+    stack = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
     for index, (layer, plan, native) in enumerate(
         zip(stack, layers, native_windows(model.config, len(layers)), strict=True)
     ):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from layerboost import __version__
 from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError, UsageError, VerificationError
+from layerboost.layer_plan import LayerPlan
 from layerboost.progress import say
 
 app = typer.Typer(
@@ -295,6 +296,7 @@ def inspect(
         table.add_row("healed", f"{healing['tokens']:,} tokens" if healing else "no")
     table.add_row("parameters", f"{facts['parameters']:,}")
     table.add_row("layers", _layer_runs(facts["layers"]))
+    table.add_row("engines need", ", ".join(facts["needs"]) or "nothing new")
     share = f", {kv['hybrid'] / kv['base']:.0%} of the original" if facts["hybrid"] and kv["base"] else ""
     table.add_row("KV cache", f"{kv['hybrid']:,} bytes at {kv['context']:,} tokens{share}")
     reach = facts["receptive_field"]
@@ -305,7 +307,7 @@ def inspect(
 
 def _layer_runs(layers: list[dict[str, Any]]) -> str:
     """`0-1 sliding_attention 64 · 2 full_attention`."""
-    labels = [" ".join(str(layer[key]) for key in ("mixer", "window") if key in layer) for layer in layers]
+    labels = [LayerPlan(**layer).label for layer in layers]
     runs: list[tuple[int, int, str]] = []
     for index, label in enumerate(labels):
         if runs and runs[-1][2] == label:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from layerboost.artifacts import MANIFEST, intact
 from layerboost.errors import CheckpointError
 from layerboost.layer_plan import full_plan
-from layerboost.model.config import check_plan
+from layerboost.model.config import check_plan, needs
 from layerboost.model.loading import describe, is_hybrid, plan_of, read_config, weight_files
 
 
@@ -40,6 +40,7 @@ def run(path: Path) -> dict[str, Any]:
         "digest": model.digest,
         "parameters": parameters,
         "layers": [layer.entry() for layer in layers],
+        "needs": needs(layers),
         "native_windows": model.native_windows,
         "context": model.context,
         "kv_bytes": {"context": context, "base": base, "hybrid": model.kv_bytes(layers, context)},

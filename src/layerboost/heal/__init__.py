@@ -53,7 +53,8 @@ class Config(DataConfig):
         rank: of the LoRA adapters, on every linear of the decoder layers that is left.
         learning_rate: peak; None is 0.5 / hidden size.
         hidden_weight: of the hidden-state loss beside the KL.
-        mixer_rate: peak learning rate of mixers' own parameters: sinks, and those of linear attention.
+        mixer_rate: peak learning rate of linear attention's own parameters.
+        sink_rate: peak learning rate of sinks, which have a long way to go.
         transfer_share: share of the tokens that linear attention first learns its softmax attention's outputs on.
         probe_share: share of the sequences that are recall probes.
         texts, answers: validation sequences of text, and of each probe.
@@ -66,6 +67,7 @@ class Config(DataConfig):
     learning_rate: float | None = Field(None, gt=0)
     hidden_weight: float = Field(5.0, ge=0)
     mixer_rate: float = Field(1e-2, gt=0)
+    sink_rate: float = Field(0.1, gt=0)
     transfer_share: float = Field(0.2, ge=0, lt=1)
     probe_share: float = Field(0.4, ge=0, le=1)
     texts: int = Field(16, ge=2)

@@ -179,9 +179,10 @@ def train(
     transfer = round(steps * config.transfer_share) if healer.linear else 0
     tokens_per_row = rows.tokens.shape[1]
     peak = config.learning_rate or default_learning_rate(healer.model.config.hidden_size)
-    groups = [{"params": list(healer.adapter.values()), "peak": peak}]
-    if healer.mixing:
-        groups.append({"params": list(healer.mixing.values()), "peak": config.mixer_rate})
+    sinks = [p for name, p in healer.mixing.items() if name.endswith(".sink")]
+    others = [p for name, p in healer.mixing.items() if not name.endswith(".sink")]
+    rates = ((list(healer.adapter.values()), peak), (others, config.mixer_rate), (sinks, config.sink_rate))
+    groups = [{"params": parameters, "peak": rate} for parameters, rate in rates if parameters]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     state = load_newest(steps_folder, healer.parameters, optimizer, inputs) or {"step": 0, "curve": []}
     curve = [CurvePoint.model_validate(point) for point in state["curve"]]

@@ -1,8 +1,10 @@
 """The one place where checkpoints are read. Nothing is unpickled, and no code that comes with a checkpoint is run."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -26,7 +28,7 @@ from layerboost.model.config import (
     native_windows,
     stock_class,
 )
-from layerboost.model.families import anatomy_of
+from layerboost.model.families import anatomy_of, refusal
 from layerboost.model.hybrid import Hybrid, check_tensors, has_soft_cap, model_class
 from layerboost.model.mixers import HeadShape
 from layerboost.model.selfcheck import check_faithful
@@ -98,18 +100,26 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}: quantised checkpoints are not supported; start from the original weights")
     family = model_type.removeprefix(PREFIX)
     made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
-    try:
+    with _valid(folder, model_type):
         config = made.from_dict(raw)
+    reason = refusal(config)
+    if reason:
+        raise CheckpointError(f"{folder}: {family} models cannot be converted: {reason}")
+    with _valid(folder, model_type):
         model = _built_empty(config)
-    except Exception as trouble:  # configuration classes raise whatever a wrong value runs into
+    anatomy_of(model.base_model)
+    return config
+
+
+@contextlib.contextmanager
+def _valid(folder: Path, model_type: str) -> Iterator[None]:
+    """Whatever a wrong value in a configuration runs into, said in one line."""
+    try:
+        yield
+    except Exception as trouble:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a valid {model_type} configuration: {_line(trouble)}"
         ) from None
-    try:
-        anatomy_of(model.base_model)
-    except CheckpointError as trouble:
-        raise CheckpointError(f"{folder}: {trouble}") from None
-    return config
 
 
 def _built_empty(config: PreTrainedConfig) -> Any:
