@@ -33,6 +33,8 @@ def session(tiny, tmp_path_factory):
         "heal": call("heal", root / "hybrid", "--teacher", tiny, "--tokens", "2k", "--out", root / "healed", *HEAL),
         "evaluate": call("evaluate", root / "healed", "--against", tiny, "--out", root / "evaluation.json", *EVALUATE),
         "bench": call("bench", root / "healed", "--against", tiny, "--out", root / "bench.json", *BENCH),
+        "export": call("export", root / "healed", "--portable", "--out", root / "portable"),
+        "verify": call("verify", root / "portable", "--against", root / "healed"),
     }
     return root, results
 
@@ -42,12 +44,41 @@ def test_the_verbs_one_by_one(session):
     for verb, result in results.items():
         assert result.exit_code == 0, f"{verb}: {result.output}"
     assert {p.name for p in root.iterdir()} == {
-        "sensitivity.json", "plan.json", "hybrid", "healed", "evaluation.json", "bench.json",
+        "sensitivity.json", "plan.json", "hybrid", "healed", "evaluation.json", "bench.json", "portable",
     }  # fmt: skip
     assert "no_attention" in results["analyze"].output
     assert "layer" in results["plan"].output
     assert "recall mean" in results["evaluate"].output
     assert "KV bytes per token" in results["bench"].output
+    assert results["verify"].output.count("yes") == 6
+
+
+def test_verify_fails_with_its_own_exit_code(session, tiny):
+    root, _ = session
+    found = call("verify", root / "hybrid", "--against", root / "healed")
+    assert found.exit_code == 8
+    assert "NO" in found.output
+    assert "1 of 6 checks do not hold" in found.output
+    assert call("verify", root / "healed", "--against", tiny).exit_code == 3
+    assert call("verify", root / "hybrid", "--against", tiny, "--dtype", "int8").exit_code == 2
+
+
+def test_export_needs_a_form(session):
+    root, _ = session
+    for flags in ([], ["--portable", "--native"]):
+        found = call("export", root / "healed", *flags, "--out", root / "nothing")
+        assert found.exit_code == 2
+        assert "either --portable or --native" in found.output
+    assert not (root / "nothing").exists()
+
+
+def test_families():
+    shown = call("families")
+    assert shown.exit_code == 0
+    assert "gpt_neox" in shown.output
+    listed = json.loads(call("families", "--json").output)
+    assert {entry["family"] for entry in listed} >= {"llama", "gemma3_text", "mixtral"}
+    assert all(entry["supported"] for entry in listed)
 
 
 def test_inspect(session, tiny):

@@ -35,7 +35,7 @@ from layerboost.model.operators import (
 INTERFACE = "layerboost"  # our name among transformers' attention implementations
 MIXER = "mixer"  # of the module with a mixer's own parameters, inside the attention
 SINK_START = -10.0  # exp(-10) of a softmax share: what a fresh sink takes from a score of 0
-SHARE_START = 4.0  # sigmoid(4) = 0.98: linear attention starts close to its window
+SHARE_START = 6.0  # sigmoid(6) = 0.9975: the kernel's many small weights start as a small part of the whole
 
 
 @dataclass
