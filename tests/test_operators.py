@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from layerboost.model import kernels
 from layerboost.model.mixers import flex_mask
 from layerboost.model.operators import (
     LOG_DECAY_MIN,
@@ -255,3 +256,37 @@ def test_a_state_goes_on_where_it_was(window):
         found.append(out)
         start = end
     torch.testing.assert_close(torch.cat(found, 2), wanted, **CLOSE)
+
+
+def by_documented_layout(q, k, v, g, scale, initial_state, output_final_state):
+    """What flash-linear-attention's `chunk_gla` is documented to compute: `[B, T, H, K]`, one state per head."""
+    assert output_final_state
+    state = torch.zeros(q.shape[0], q.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
+    outs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t].exp()[..., None] + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state))
+    return torch.stack(outs, 1), state
+
+
+def test_the_gated_kernel_is_called_in_its_own_layout():
+    kernel = kernels.adapted(by_documented_layout)
+    kernels._prove(kernel, gated_kernel_sum, "cpu")
+    q, k, v = draw(2, 2, 3, 20, 6), draw(2, 2, 20, 6, seed=1), draw(2, 2, 20, 5, seed=2)
+    decay = -torch.rand(2, 2, 20, 6)
+    for ours, theirs in zip(kernel(q, k, v, decay), gated_kernel_sum(q, k, v, decay), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_a_kernel_that_computes_something_else_is_left_alone(monkeypatch):
+    def wrong(*args, **kwargs):
+        out, state = by_documented_layout(*args, **kwargs)
+        return out * 1.05, state
+
+    with pytest.raises(ValueError, match="does not compute what plain code computes"):
+        kernels._prove(kernels.adapted(wrong), gated_kernel_sum, "cpu")
+    assert kernels.gated_kernel("cpu", gated_kernel_sum) is None
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    with pytest.warns(UserWarning, match="flash-linear-attention is not used"):
+        assert kernels.gated_kernel("cuda", gated_kernel_sum) is None  # it is not there after all
+    kernels.gated_kernel.cache_clear()

@@ -67,7 +67,7 @@ class LayerPlan:
                 raise PlanError(f"{key} {getattr(self, key)} has no meaning for {self.mixer}; leave it out")
 
     def _check_variant(self) -> None:
-        if self.variant not in VARIANTS:
+        if not isinstance(self.variant, str) or self.variant not in VARIANTS:
             raise PlanError(
                 f"variant must be one of {', '.join(VARIANTS)} for linear_attention, found {self.variant!r}"
                 f"{_meant(self.variant, VARIANTS)}"

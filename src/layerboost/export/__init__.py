@@ -31,8 +31,8 @@ Form = Literal["portable", "native"]
 CODE = "modeling_layerboost"
 # what a hybrid is made of at run time; nothing in it imports anything but torch, transformers and one another
 RUNTIME = (
-    "errors", "layer_plan", "model.families", "model.cache", "model.operators", "model.mixers", "model.config",
-    "model.hybrid",
+    "errors", "layer_plan", "model.families", "model.cache", "model.kernels", "model.operators", "model.mixers",
+    "model.config", "model.hybrid",
 )  # fmt: skip
 
 _ENTRY = '''"""A hybrid made by LayerBoost {version} (Apache-2.0); transformers opens it with trust_remote_code=True."""

@@ -27,7 +27,7 @@ from layerboost.model.families import Anatomy
 from layerboost.model.operators import (
     LOG_DECAY_MIN,
     PADDING,
-    gated_kernel_sum,
+    gated_sum,
     sliding_window_attention,
     window_and_kernel_attention,
 )
@@ -264,9 +264,7 @@ class GatedLinearAttention(nn.Module):
             features_k, decay = features_k * there, decay * there
         values = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], -1)
         cached = isinstance(call.cache, FixedLayer)
-        total, state = gated_kernel_sum(
-            features_q, features_k, values, decay, state=call.cache.state if cached else None
-        )
+        total, state = gated_sum(features_q, features_k, values, decay, state=call.cache.state if cached else None)
         if cached:
             call.cache.store(state)
         total = total.flatten(1, 2)
