@@ -167,6 +167,7 @@ def test_an_interrupted_healing_ends_with_the_same_bytes(tiny, tmp_path, monkeyp
     learned = [name for name in load_file(tmp_path / "whole" / "model.safetensors") if ".mixer." in name]
     fresh, trained = (load_file(folder / "model.safetensors") for folder in (hybrid, tmp_path / "whole"))
     assert all(not torch.equal(fresh[name], trained[name]) for name in learned)
+    assert all((trained[name] - fresh[name]).abs().max() > 0.1 for name in learned if name.endswith(".sink"))
 
 
 def stop_after_six_steps(monkeypatch, hybrid, teacher, out, steps):

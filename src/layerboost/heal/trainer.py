@@ -182,7 +182,9 @@ def train(
     sinks = [p for name, p in healer.mixing.items() if name.endswith(".sink")]
     others = [p for name, p in healer.mixing.items() if not name.endswith(".sink")]
     rates = ((list(healer.adapter.values()), peak), (others, config.mixer_rate), (sinks, config.sink_rate))
-    groups = [{"params": parameters, "peak": rate} for parameters, rate in rates if parameters]
+    groups: list[dict[str, Any]] = [{"params": params, "peak": rate} for params, rate in rates if params]
+    if sinks:  # a sink at -10 has gradients of 1e-9, which Adam's usual epsilon would swallow
+        groups[-1]["eps"] = 1e-16
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     state = load_newest(steps_folder, healer.parameters, optimizer, inputs) or {"step": 0, "curve": []}
     curve = [CurvePoint.model_validate(point) for point in state["curve"]]
