@@ -134,6 +134,13 @@ def test_the_student_gets_closer(tiny, hybrid, tmp_path):
     assert (tmp_path / "healed" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("variant", ["linear", "performer"])
+def test_linear_attention_without_parameters_needs_no_transfer(tiny, tmp_path, variant):
+    hybrid = convert.run(tiny, Plan(layers=[linear(variant), FULL, FULL, FULL]), out=tmp_path / "hybrid")
+    found = heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "healed")
+    assert found.curve[-1].kl < found.curve[0].kl
+
+
 @pytest.mark.parametrize(
     ("layers", "at"),
     [(LAYERS, 5), pytest.param(OWN, 2, id="in the transfer"), pytest.param(OWN, 9, id="after it")],

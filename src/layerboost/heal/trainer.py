@@ -60,7 +60,7 @@ class Healer:
     ) -> None:
         self.model, self.layers, self.config = model, layers, config
         self.mixers = {i: mixer.float().to(model.device) for i, mixer in (mixers or {}).items()}
-        self.linear = [i for i, plan in enumerate(layers) if plan.mixer == "linear_attention"]
+        self.learning = [i for i in self.mixers if layers[i].mixer == "linear_attention"]  # those that transfer teaches
         self.changes = {i: plan for i, plan in enumerate(layers) if plan.mixer != "full_attention"}
         torch.manual_seed(config.seed)
         self.peft: Any = peft.get_peft_model(
@@ -121,7 +121,7 @@ class Healer:
         """
         seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
         name = self.model.anatomy.attention
-        attentions = {i: getattr(self.model.decoder_layers[i], name) for i in self.linear}
+        attentions = {i: getattr(self.model.decoder_layers[i], name) for i in self.learning}
 
         def keep(index: int) -> Any:
             return lambda _, args, kwargs, output: seen.update({index: (args, kwargs, first_tensor(output))})
@@ -176,7 +176,7 @@ def train(
     """
     config = healer.config
     steps = math.ceil(len(rows) / config.batch) if healer.changes else 0
-    transfer = round(steps * config.transfer_share) if healer.linear else 0
+    transfer = round(steps * config.transfer_share) if healer.learning else 0
     tokens_per_row = rows.tokens.shape[1]
     peak = config.learning_rate or default_learning_rate(healer.model.config.hidden_size)
     sinks = [p for name, p in healer.mixing.items() if name.endswith(".sink")]
