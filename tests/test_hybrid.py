@@ -236,7 +236,7 @@ def test_left_padding_and_batches_change_nothing(checkpoints, family, name):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_saves_and_opens_through_the_auto_classes(checkpoints, tmp_path, family):
-    for name in ("mixed", "lolcats last", "sinks"):
+    for name in ("mixed", "lolcats last", "sinks", "linear", "performer", "gla"):
         hybrid = hybrid_of(checkpoints[family], name)
         hybrid.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -203,9 +203,9 @@ class LinearAttention(nn.Module):
         self.window = plan.window or 0
         size = shape.head_dim
         self.map_q: nn.Module
-        self.map_k: nn.Module
+        self.map_k: nn.Module | None = None  # the same as for queries
         if plan.feature_map == "favor":
-            self.map_q = self.map_k = FavorMap(size, seed)
+            self.map_q = FavorMap(size, seed)
         else:
             made = {"hedgehog": Hedgehog, "elu": EluMap}[plan.feature_map or ""]
             self.map_q, self.map_k = made(shape.heads, size), made(shape.groups, size)
@@ -217,8 +217,9 @@ class LinearAttention(nn.Module):
         segments = _one_sequence(call, q, k)
         state = call.cache.state if isinstance(call.cache, FixedLayer) else None
         root = options["scaling"] ** 0.5 if self.scaled else 1.0
+        map_k = self.map_k or self.map_q
         out, state = window_and_kernel_attention(
-            q, k, v, self.map_q(q.float() * root), self.map_k(k.float() * root), window=self.window,
+            q, k, v, self.map_q(q.float() * root), map_k(k.float() * root), window=self.window,
             share=None if self.share is None else self.share.float().sigmoid(), scale=options["scaling"],
             softcap=options["softcap"], segments=segments, state=state,
         )  # fmt: skip
