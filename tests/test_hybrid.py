@@ -187,6 +187,27 @@ def test_matches_the_reference_beside_native_windows(native_checkpoints, family)
         torch.testing.assert_close(torch.cat(found, 1), wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_one_layer_with_odd_heads(tmp_path, family):
+    lists = {k: v[:1] for k, v in FAMILIES[family].items() if isinstance(v, list) and k != "mlp_only_layers"}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
+    folder = make_checkpoint(tmp_path, family, **sizes, **lists)
+    tokens = some_tokens(2, 40)
+    for plan in (NONE, window(W), window(1), window(W, sink=True), LOLCATS, linear("gla")):
+        if plan.mixer == "linear_attention" and native_windows(AutoConfig.from_pretrained(folder), 1)[0]:
+            continue
+        hybrid = converted(folder, [plan])
+        mixers = {0: getattr(hybrid.decoder_layers[0], hybrid.anatomy.attention)._modules.get("mixer")}
+        wanted = reference_logits(folder, [plan], tokens, mixers=mixers)
+        torch.testing.assert_close(hybrid(tokens).logits, wanted, **CLOSE)
+        cache = DynamicCache(config=hybrid.config)
+        found = [hybrid(part, past_key_values=cache).logits for part in tokens.split([20, 1, 19], 1)]
+        torch.testing.assert_close(torch.cat(found, 1), wanted, **CLOSE)
+        written = hybrid.generate(tokens, max_new_tokens=4, do_sample=False)
+        assert torch.equal(hybrid.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False), written)
+
+
 @torch.no_grad()
 def test_a_window_one_wider_is_noticed(tiny):
     tokens = some_tokens(2, 40)
