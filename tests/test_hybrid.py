@@ -302,9 +302,9 @@ def test_beam_search_with_and_without_cache(checkpoints, family, name):
 
 
 @pytest.mark.parametrize("family", THREE)
-@pytest.mark.parametrize("name", ["mixed", "sinks", "lolcats all", "gla", "performer"])
+@pytest.mark.parametrize("name", ["mixed", "sinks", "lolcats all", "linear", "gla", "performer"])
 @torch.no_grad()
-def test_bf16_stays_near_float32(checkpoints, family, name):
+def test_bf16_stays_near_float32(checkpoints, tmp_path, family, name):
     exact = hybrid_of(checkpoints[family], name)
     hybrid = converted(checkpoints[family], exact.plan)
     hybrid.load_state_dict(exact.state_dict())
@@ -316,6 +316,11 @@ def test_bf16_stays_near_float32(checkpoints, family, name):
     untouched = base(tokens).logits
     off = (base.to(torch.bfloat16)(tokens).logits.float() - untouched).abs().mean() / untouched.abs().mean()
     assert (logits.float() - wanted).abs().mean() / wanted.abs().mean() < 3 * off  # as near as the original comes
+    hybrid.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in hybrid.state_dict().items())
+    torch.testing.assert_close(again(tokens).logits, logits)
 
 
 @pytest.mark.skipif(

@@ -327,11 +327,16 @@ class FavorMap(nn.Module):
 
 
 def make_mixer(plan: LayerPlan, shape: HeadShape, index: int) -> nn.Module:
-    """A layer's mixer with fresh parameters, the same every time."""
-    with torch.device("cpu"):
-        if plan.mixer == "sliding_attention":
-            return SlidingAttention(plan, shape)
-        return (GatedLinearAttention if plan.variant == "gla" else LinearAttention)(plan, shape, seed=index)
+    """A layer's mixer with fresh parameters, the same every time: whatever dtype and device transformers builds in."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            if plan.mixer == "sliding_attention":
+                return SlidingAttention(plan, shape)
+            return (GatedLinearAttention if plan.variant == "gla" else LinearAttention)(plan, shape, seed=index)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class MixedAttention:
