@@ -306,9 +306,9 @@ def test_beam_search_with_and_without_cache(checkpoints, family, name):
 @torch.no_grad()
 def test_bf16_stays_near_float32(checkpoints, tmp_path, family, name):
     exact = hybrid_of(checkpoints[family], name)
-    hybrid = converted(checkpoints[family], exact.plan)
+    hybrid = load_original(checkpoints[family], dtype=torch.bfloat16)
+    hybrid.convert(exact.plan)
     hybrid.load_state_dict(exact.state_dict())
-    hybrid = hybrid.to(torch.bfloat16)
     tokens = some_tokens(2, 40)
     logits, wanted = hybrid(tokens).logits, exact(tokens).logits
     assert logits.dtype == torch.bfloat16
