@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from layerboost import convert, export, verify
 from layerboost.artifacts import Plan
-from layerboost.errors import CheckpointError
+from layerboost.errors import CheckpointError, UsageError
 from layerboost.export import RUNTIME, portable_code
 from layerboost.model.loading import load_model
 from layerboost.verify import probe
@@ -152,6 +152,12 @@ def test_native_exports_are_stock_models(checkpoints, tmp_path, row):
     assert "layerboost" not in config
 
 
+def test_a_bf16_model_with_a_wide_window_is_exported_natively(tmp_path):
+    folder = make_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16, max_position_embeddings=2_048)
+    hybrid = convert.run(folder, Plan(layers=[window(500)] * 4), out=tmp_path / "hybrid")
+    assert export.run(hybrid, "native", out=tmp_path / "native").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "layers", "message"),
     [
@@ -175,6 +181,9 @@ def test_base_models_and_damaged_hybrids_are_not_exported(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="not a hybrid; convert it first"):
         export.run(tiny, "portable", out=tmp_path / "out")
     hybrid = hybrid_of(tiny, MIXED, tmp_path / "hybrid")
+    for inside in (hybrid, hybrid / "portable"):
+        with pytest.raises(UsageError, match="is the hybrid itself, or inside it"):
+            export.run(hybrid, "portable", out=inside)
     (hybrid / "generation_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is not as it was written"):
         export.run(hybrid, "portable", out=tmp_path / "out")

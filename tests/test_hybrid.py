@@ -291,6 +291,46 @@ def test_static_cache(checkpoints, family, name):
     assert torch.equal(hybrid.generate(tokens[:, :3], past_key_values=cache, **greedy), short)
 
 
+@pytest.mark.parametrize("name", ["mixed", "window all", "sinks", "lolcats all", "gla"])
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache(tiny, name):
+    """It says where padding is from the first token on, and of tokens that are still to come."""
+    hybrid = hybrid_of(tiny, name)
+    tokens = some_tokens(2, 24)
+    mask = torch.zeros(2, 40, dtype=torch.long)
+    mask[0, :24], mask[1, 5:24] = 1, 1
+    positions = (mask[:, :24].cumsum(-1) - 1).clamp(min=0)
+    wanted = hybrid(tokens, attention_mask=mask[:, :24], position_ids=positions, use_cache=False).logits
+    cache, found = StaticCache(config=hybrid.config, max_cache_len=40), []
+    for start, end in ((0, 20), (20, 21), (21, 24)):
+        step = {"attention_mask": mask, "position_ids": positions[:, start:end], "past_key_values": cache}
+        found.append(hybrid(tokens[:, start:end], **step).logits)
+    there = mask[:, :24].bool()
+    torch.testing.assert_close(torch.cat(found, 1)[there], wanted[there], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["mixed", "window all", "window of 1", "sinks"])
+@torch.no_grad()
+def test_assisted_decoding_takes_tokens_back(tiny, name):
+    hybrid = hybrid_of(tiny, name)
+    tokens = some_tokens(1, 12).repeat(1, 2)
+    greedy = {"max_new_tokens": 16, "do_sample": False}
+    wanted = hybrid.generate(tokens, **greedy)
+    assert torch.equal(hybrid.generate(tokens, prompt_lookup_num_tokens=3, **greedy), wanted)
+    assert torch.equal(hybrid.generate(tokens, assistant_model=hybrid_of(tiny, "none last"), **greedy), wanted)
+
+
+def test_linear_attention_cannot_take_tokens_back(tiny):
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        hybrid_of(tiny, "gla").generate(some_tokens(1, 12).repeat(1, 2), prompt_lookup_num_tokens=3, max_new_tokens=16)
+
+
+def test_attention_weights_are_not_made_up(tiny):
+    with pytest.raises(ValueError, match="output_attentions"):
+        hybrid_of(tiny, "mixed")(some_tokens(1, 8), output_attentions=True)
+    assert len(hybrid_of(tiny, "mixed")(some_tokens(1, 8), output_hidden_states=True).hidden_states) == 5
+
+
 @pytest.mark.parametrize("family", THREE)
 @pytest.mark.parametrize("name", PLANS)
 @torch.no_grad()
@@ -395,13 +435,12 @@ def test_flash_attention_is_handed_the_window(tiny, monkeypatch):
         return torch.zeros_like(q).transpose(1, 2), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
-    hybrid = converted(tiny, [FULL, window(W), window(3, sink=True), NONE])
+    hybrid = converted(tiny, [FULL, window(W), window(3), window(5, sink=True)])
     hybrid.config._attn_implementation = "flash_attention_2"
     tokens, mask = some_tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :5] = 0
     hybrid(tokens, attention_mask=mask)
     assert [kwargs["sliding_window"] for _, kwargs in calls[1:]] == [W, 3]
-    assert calls[2][1]["s_aux"] is not None
     assert torch.equal(calls[1][0], mask.bool())
 
 
@@ -493,6 +532,10 @@ def test_wrong_plans_are_refused(tiny, native_checkpoints):
         converted(native_checkpoints["mistral"], [FULL, window(10), FULL, FULL])
     converted(native_checkpoints["mistral"], [FULL, window(9), FULL, FULL])
     converted(native_checkpoints["qwen2"], [window(100), FULL, FULL, window(9)])
+    with pytest.raises(PlanError, match="layer 0: window 257 is wider than the model's context of 256"):
+        converted(tiny, [window(257), FULL, FULL, FULL])
+    with pytest.raises(PlanError, match="layer 1: linear_attention looks further back"):
+        converted(native_checkpoints["mistral"], [FULL, linear("gla"), FULL, FULL])
 
 
 def test_missing_and_unexpected_tensors_are_errors(tiny, tmp_path):

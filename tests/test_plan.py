@@ -197,7 +197,7 @@ def test_the_file_reads_back(tmp_path):
         (lambda raw: raw["layers"][1].update(windw=8), "layer 1: unknown key windw; did you mean window"),
         (lambda raw: raw["layers"][0].update(mixer="no_atention"), "layer 0: mixer must .*did you mean no_attention"),
         (lambda raw: raw["layers"][0].update(mixer="linear_attention"), "layer 0: variant must be one of lolcats"),
-        (lambda raw: raw["layers"][0].update(variant="gla"), "layer 0: variant gla has no meaning for"),
+        (lambda raw: raw["layers"][0].update(variant="gla"), "layer 0: variant 'gla' has no meaning for"),
         (lambda raw: raw["layers"][0].update(sink=True), "layer 0: sink True has no meaning for"),
         (lambda raw: raw["layers"][1].update(sink="yes"), "layer 1: sink must be true or false, found 'yes'"),
         (

@@ -63,8 +63,9 @@ class LayerPlan:
         self._check_window(needs_window)
         for key, belongs_to in (("sink", "sliding_attention"), ("variant", "linear_attention"),
                                 ("feature_map", "linear_attention")):  # fmt: skip
-            if getattr(self, key) and self.mixer != belongs_to:
-                raise PlanError(f"{key} {getattr(self, key)} has no meaning for {self.mixer}; leave it out")
+            value = getattr(self, key)
+            if value is not None and value is not False and self.mixer != belongs_to:
+                raise PlanError(f"{key} {value!r} has no meaning for {self.mixer}; leave it out")
 
     def _check_variant(self) -> None:
         if not isinstance(self.variant, str) or self.variant not in VARIANTS:

@@ -13,7 +13,7 @@ import torch
 
 from layerboost import __version__
 from layerboost.artifacts import MANIFEST, check_output_folder, check_space, intact, publish_folder, read_json
-from layerboost.errors import CheckpointError
+from layerboost.errors import CheckpointError, UsageError
 from layerboost.export.native import native_model
 from layerboost.model.config import config_class, family_of
 from layerboost.model.hybrid import has_soft_cap, model_class
@@ -61,6 +61,8 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
     plan_of(config, folder)
     if (folder / MANIFEST).exists() and not intact(folder, deep=True):
         raise CheckpointError(f"{folder} is not as it was written; make it again")
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"{out} is the hybrid itself, or inside it; name another --out")
     check_output_folder(out)
     check_space(out, sum(path.stat().st_size for path in weight_files(folder)))
     (_portable if form == "portable" else _native)(folder, config, out)

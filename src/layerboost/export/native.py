@@ -100,9 +100,9 @@ def _filled(config: PreTrainedConfig, hybrid: Hybrid) -> Any:
     state = hybrid.state_dict()
     if model.state_dict().keys() != state.keys():
         return None
-    model = model.to_empty(device=hybrid.device).to(hybrid.dtype)
+    model = model.to_empty(device=hybrid.device)
     for name, parameter in model.named_parameters():
-        parameter.copy_(state[name])
+        parameter.data = state[name].clone()
     theirs = dict(hybrid.named_buffers())
     for name, buffer in model.named_buffers():  # rotary frequencies: computed, not stored
         if name not in theirs or theirs[name].shape != buffer.shape:

@@ -16,12 +16,13 @@ import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from layerboost.artifacts import CurvePoint
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT
 from layerboost.data.sequences import Sequences
-from layerboost.errors import TrainingError
+from layerboost.errors import CheckpointError, TrainingError
 from layerboost.heal.checkpoint import load_newest, save_step
 from layerboost.heal.losses import chunked_kl, hidden_loss
 from layerboost.layer_plan import LayerPlan
@@ -160,8 +161,10 @@ def adapted_modules(model: Hybrid, layers: list[LayerPlan]) -> list[str]:
     for index, (layer, plan) in enumerate(zip(model.decoder_layers, layers, strict=True)):
         for name, module in layer.named_modules():
             removed = plan.mixer == "no_attention" and name.startswith(model.anatomy.attention)
-            if isinstance(module, torch.nn.Linear) and not removed:
+            if isinstance(module, (nn.Linear, Conv1D)) and not removed:
                 names.append(f"{base}.{model.anatomy.layers}.{index}.{name}")
+    if not names:
+        raise CheckpointError(f"{model.config.model_type} has no linear layers that LoRA adapters could go to")
     return names
 
 

@@ -85,6 +85,11 @@ class FixedLayer(CacheLayerMixin):
         else:
             self.state.copy_(state)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "a cache of linear attention, or a static one, cannot take tokens back; decode without an assistant"
+        )
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots + query_length, 0
 

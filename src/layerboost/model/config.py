@@ -74,6 +74,12 @@ def check_plan(layers: list[LayerPlan], config: PreTrainedConfig) -> None:
             f"plan has {len(layers)} layers, model has {config.num_hidden_layers} (num_hidden_layers); plan again on "
             "this model"
         )
+    for index, plan in enumerate(layers):
+        if plan.window is not None and plan.window > config.max_position_embeddings:
+            raise PlanError(
+                f"layer {index}: window {plan.window} is wider than the model's context of "
+                f"{config.max_position_embeddings}; use full_attention"
+            )
     check_windows(dict(enumerate(layers)), native_windows(config))
 
 

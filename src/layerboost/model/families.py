@@ -23,6 +23,7 @@ VERIFIED = (
     "cohere2", "gpt_neox", "qwen3_moe", "mixtral",
 )  # fmt: skip
 
+_PASSED_ON = "layerboost"  # what a mixed attention is told of padding travels under this name
 _KNOWN_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -133,9 +134,11 @@ class _StandIn(nn.Module):
         self.answer = answer
         self.given: Any = None
         self.gave: Any = None
+        self.told: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.given = args[0] if args else kwargs["hidden_states"]
+        self.told = kwargs.get(_PASSED_ON)
         self.gave = self.answer(self.given)
         return self.gave
 
@@ -143,6 +146,8 @@ class _StandIn(nn.Module):
 def _norms_of_attention(layer: Any, attention: str, hidden_size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Norms that serve attention alone: the one before it, unless something else reads it too, and those after it."""
     parts, _ = _follow(layer, attention, hidden_size)
+    if parts[attention].told is None:
+        raise NotImplementedError("it hands no further arguments to its attention")
     given, result = parts[attention].given, parts[attention].gave[0]
     candidates = [n for n, part in parts.items() if n != attention and _is_norm(getattr(layer, n))]
     before = [n for n in candidates if parts[n].gave is given]
@@ -195,6 +200,8 @@ def _run(
         }  # fmt: skip
         wanted = inspect.signature(type(layer).forward).parameters
         arguments = {key: value for key, value in given.items() if key in wanted}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
+            arguments[_PASSED_ON] = True
         out = type(layer).forward(clone, torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size), **arguments)
     return parts, out[0] if isinstance(out, tuple) else out
 
@@ -203,7 +210,11 @@ def windows_of(config: PreTrainedConfig, model_class: Any) -> list[int | None]:
     """What each layer of the original model sees, in tokens; None is everything."""
     window = getattr(config, "sliding_window", None)
     modeling = sys.modules[model_class.__module__]
-    if not window or not hasattr(modeling, "create_sliding_window_causal_mask"):
+    if (
+        not window
+        or window >= config.max_position_embeddings
+        or not hasattr(modeling, "create_sliding_window_causal_mask")
+    ):
         return [None] * config.num_hidden_layers
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in types]

@@ -7,11 +7,12 @@ tells the layers of padding and fits the cache, and the mixers are put into the 
 import copy
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -74,6 +75,8 @@ class MixedBase:
                 f"attention_mask has {found}; a hybrid takes [batch, tokens], because each of its layers sees in its "
                 "own way"
             )
+        if kwargs.get("output_attentions") and not untouched:
+            raise ValueError("output_attentions: mixers other than full attention have no attention weights to give")
         checkpointing = self.training and getattr(self, "gradient_checkpointing", False)  # type: ignore[attr-defined]
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
@@ -118,9 +121,6 @@ def has_soft_cap(config: Any) -> bool:
 
 class Hybrid(PreTrainedModel):
     """What every hybrid causal LM adds to its family's own class."""
-
-    # buffers that old checkpoints carry and that the model computes itself
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
 
     @property
     def anatomy(self) -> Anatomy:
@@ -179,6 +179,18 @@ class Hybrid(PreTrainedModel):
         if has_soft_cap(self.config):
             raise ValueError("SDPA ignores attn_logit_softcapping; use eager or flex_attention")
         return super()._sdpa_can_dispatch(is_init_check)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Fit the cache before anything is asked of its layers, as assisted decoding does."""
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = take_cache(dict(model_kwargs))
+        if isinstance(cache, Cache):
+            fit_cache(cache, self.config, self.plan)
+            if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
+                cache.activate_past_recording()
+        return done
 
     def create_masks_for_generate(self, *, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         return attention_mask  # `generate` would build masks in advance; the base model does it with the cache fitted
@@ -261,7 +273,15 @@ def model_class(family: str) -> type[Hybrid]:
     made = type(
         f"LayerBoost{base_class.__name__}",
         (Hybrid, base_class),
-        {"config_class": config, "__init__": init, "__module__": __name__},
+        {
+            "config_class": config,
+            "__init__": init,
+            "__module__": __name__,
+            "_keys_to_ignore_on_load_unexpected": [
+                *(base_class._keys_to_ignore_on_load_unexpected or ()),
+                r"rotary_emb\.inv_freq",  # which old checkpoints carry, and the model computes itself
+            ],
+        },
     )
     # some families' checkpoints name or shape their tensors in another way than the model does (experts, for instance)
     for theirs, ours in ((base_class.__name__, made.__name__), (family, config.model_type)):

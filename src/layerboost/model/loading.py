@@ -99,6 +99,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if raw.get("quantization_config"):
         raise CheckpointError(f"{folder}: quantised checkpoints are not supported; start from the original weights")
     family = model_type.removeprefix(PREFIX)
+    raw.pop("auto_map", None)  # code that comes along is not run, and would not be there where this is saved to
     made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
     with _valid(folder, model_type):
         config = made.from_dict(raw)

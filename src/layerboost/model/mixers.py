@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from layerboost.errors import PlanError
+from layerboost.errors import CheckpointError, PlanError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.cache import FixedLayer, LengthOnlyLayer
 from layerboost.model.families import Anatomy
@@ -58,19 +58,26 @@ class Call:
     sequences: Sequences
     hidden: Tensor
     cache: Any
+    attention: Any
+    used: bool = False
 
     def segments(self, queries: int, keys: int) -> Tensor | None:
         """`[B or 1, S]` segment of every key, PADDING where there is none; None if all are of one."""
+        device = self.hidden.device
         if self.sequences.packed is not None and keys == queries:
-            return self.sequences.packed
+            return self.sequences.packed.to(device)
         padding = self.sequences.padding
+        unfilled = isinstance(self.cache, FixedLayer) and self.cache.slots > 0
+        if padding is None and not unfilled:
+            return None
+        # columns of the padding that the keys stand for; with a static cache it may reach beyond the last token
+        total = keys if self.cache is None else self.cache.get_seq_length()
+        position = torch.arange(keys, device=device) + (total - keys)
+        there = (position >= 0)[None]
         if padding is not None:
-            known = padding[:, -keys:].long() - 1  # 1 is a token: segment 0
-            return F.pad(known, (keys - known.shape[1], 0), value=PADDING)
-        if isinstance(self.cache, FixedLayer) and self.cache.slots:
-            unfilled = keys - self.cache.get_seq_length()
-            return torch.where(torch.arange(keys, device=self.hidden.device) < unfilled, PADDING, 0)[None]
-        return None
+            columns = position.clamp(0, padding.shape[1] - 1)
+            there = there & padding.to(device).bool().index_select(1, columns)
+        return torch.where(there, 0, PADDING)
 
 
 class NoAttention(nn.Module):
@@ -130,7 +137,7 @@ class HeadShape:
         heads = config.num_attention_heads
         return cls(
             heads,
-            _declared(config, "num_key_value_heads") or heads,
+            1 if getattr(config, "multi_query", False) else _declared(config, "num_key_value_heads") or heads,
             _declared(config, "head_dim") or config.hidden_size // heads,
             config.hidden_size,
         )
@@ -146,7 +153,8 @@ def _declared(config: Any, key: str) -> int | None:
 class SlidingAttention(nn.Module):
     """Softmax over the last tokens, with a learned sink per head if the plan asks for one.
 
-    Where the model runs on flash attention or flex attention, their own windows are used.
+    Where the model runs on flash attention or flex attention, their own windows are used; with sinks, which not every
+    flash attention has, only flex attention's.
     """
 
     def __init__(self, plan: LayerPlan, shape: HeadShape) -> None:
@@ -156,20 +164,20 @@ class SlidingAttention(nn.Module):
         self.sink = nn.Parameter(torch.full((shape.heads,), SINK_START)) if plan.sink else None
 
     def forward(
-        self, attention: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, *, native_sink: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, *, native_sink: Tensor | None = None,
         **options: Any,
     ) -> Tensor:  # fmt: skip
         """`[B, H, T, D]`, `[B, G, S, D]` twice, to `[B, T, H, D]`."""
         sink = self.sink if native_sink is None else native_sink
         segments = call.segments(q.shape[2], k.shape[2])
-        implementation = attention.layerboost_config._attn_implementation or "eager"
-        if implementation.startswith("flash_attention") and call.sequences.packed is None:
+        implementation = call.attention.layerboost_config._attn_implementation or "eager"
+        if implementation.startswith("flash_attention") and call.sequences.packed is None and sink is None:
             mask = None if segments is None else (segments != PADDING).expand(q.shape[0], -1)
             stock = ALL_ATTENTION_FUNCTIONS[implementation]
-            return stock(attention, q, k, v, mask, sliding_window=self.window, s_aux=sink, **options)[0]
+            return stock(call.attention, q, k, v, mask, sliding_window=self.window, **options)[0]
         if implementation == "flex_attention":
             mask = flex_mask(q, k, self.window, segments)
-            return ALL_ATTENTION_FUNCTIONS[implementation](attention, q, k, v, mask, s_aux=sink, **options)[0]
+            return ALL_ATTENTION_FUNCTIONS[implementation](call.attention, q, k, v, mask, s_aux=sink, **options)[0]
         out = sliding_window_attention(
             q, k, v, window=self.window, scale=options["scaling"], softcap=options["softcap"],
             dropout=options["dropout"], segments=segments, sink=sink,
@@ -212,7 +220,7 @@ class LinearAttention(nn.Module):
         self.scaled = plan.feature_map == "favor"  # it stands for the softmax kernel, and that is of scaled scores
         self.share = nn.Parameter(torch.full((shape.heads,), SHARE_START)) if self.window else None
 
-    def forward(self, attention: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
         """`[B, H, T, D]`, `[B, G, S, D]` twice, to `[B, T, H, D]`."""
         segments = _one_sequence(call, q, k)
         state = call.cache.state if isinstance(call.cache, FixedLayer) else None
@@ -254,7 +262,7 @@ class GatedLinearAttention(nn.Module):
         decay = (F.logsigmoid(gate) / self.TEMPERATURE).clamp(min=LOG_DECAY_MIN)
         return decay.unflatten(-1, (self.groups, -1)).transpose(1, 2)
 
-    def forward(self, attention: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
         """`[B, H, T, D]`, `[B, G, T, D]` twice, to `[B, T, H, D]`."""
         segments = _one_sequence(call, q, k)
         heads = q.shape[1]
@@ -274,6 +282,12 @@ class GatedLinearAttention(nn.Module):
 
 
 def _one_sequence(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
+    if call.used:
+        raise CheckpointError(
+            f"{type(call.attention).__name__} attends more than once per layer, which linear attention's state cannot "
+            "follow; use sliding_attention"
+        )
+    call.used = True
     if call.sequences.packed is not None:
         raise ValueError(
             "linear_attention takes one sequence per row, found position_ids of packed ones; pad them instead, or "
@@ -308,7 +322,7 @@ class Hedgehog(nn.Module):
 
 
 class FavorMap(nn.Module):
-    """Positive random features of exp(q . k), `[B, H, T, D]` to `[B, H, T, 2 D]`, over sqrt(2 D); fixed, orthogonal.
+    """Positive random features of exp(q . k), `[B, H, T, D]` to `[B, H, T, 2 D]`; fixed, orthogonal.
 
     Source: arXiv 2009.14794 (Performer) lemma 1 and section 2.4.
     """
@@ -319,7 +333,8 @@ class FavorMap(nn.Module):
         blocks = [torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(2)]
         lengths = torch.randn(2 * size, size, generator=generator).norm(dim=-1, keepdim=True)
         self.directions: Tensor
-        self.register_buffer("directions", torch.cat(blocks) * lengths)
+        # rounded, so that a checkpoint of any precision holds the same
+        self.register_buffer("directions", (torch.cat(blocks) * lengths).bfloat16().float())
 
     def forward(self, x: Tensor) -> Tensor:
         directions = self.directions.float()
@@ -349,7 +364,7 @@ class MixedAttention:
         if layerboost is None or len(args) > 1:
             raise RuntimeError(f"{type(self).__name__} is not told of padding: its layer hands on no further arguments")
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs["attention_mask"] = Call(layerboost, hidden, _cache_layer(kwargs, self.layer_idx))
+        kwargs["attention_mask"] = Call(layerboost, hidden, _cache_layer(kwargs, self.layer_idx), self)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -360,7 +375,7 @@ def attend(
     """What transformers' attention interface calls for a mixed attention; `[B, H, T, D]` to `[B, T, H, D]`."""
     mixer = attention._modules[MIXER]
     return mixer(
-        attention, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap,
+        query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap,
         **({"native_sink": s_aux} if s_aux is not None else {}),
     ).contiguous(), None  # fmt: skip
 

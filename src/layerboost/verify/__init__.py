@@ -95,7 +95,7 @@ def _reference(folder: Path, other: Path, dtype: DTYPES) -> tuple[Any, list[Laye
 
 def _prompts(record: ModelRecord, layers: list[LayerPlan], vocabulary: int) -> dict[str, Tensor]:
     """Around the widest window that fits, and well beyond it."""
-    longest = min(record.context - 8, _LONGEST)
+    longest = max(1, min(record.context - 8, _LONGEST))
     windows = [plan.window for plan in layers if plan.window and plan.window < longest]
     edge = max(windows, default=16)
     lengths = {1, edge - 1, edge, edge + 1, 2 * edge + 3, 3 * edge + 64}
