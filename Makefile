@@ -40,8 +40,7 @@ portable: .venv-portable/installed
 
 .venv-portable/installed: Makefile constraints.txt
 	rm -rf .venv-portable && $(PYTHON) -m venv .venv-portable
-	grep -v '^transformers==' constraints.txt > .venv-portable/constraints.txt
-	.venv-portable/bin/python -m pip install --quiet --constraint .venv-portable/constraints.txt torch transformers==$(OTHER_TRANSFORMERS)
+	.venv-portable/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) transformers==$(OTHER_TRANSFORMERS)
 	touch $@
 
 clean:
