@@ -75,7 +75,10 @@ FAMILIES = {
 
 def make_model(family, seed=0, **changes):
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**(SIZES | FAMILIES.get(family, {}) | changes))
+    depth = changes.get("num_hidden_layers", SIZES["num_hidden_layers"])
+    per_layer = ("layer_types", "no_rope_layers")  # as long as the model is deep
+    row = {k: (v * depth)[:depth] if k in per_layer else v for k, v in FAMILIES.get(family, {}).items()}
+    config = CONFIG_MAPPING[family](**(SIZES | row | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
