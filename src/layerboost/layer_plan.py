@@ -59,7 +59,8 @@ class LayerPlan:
             raise PlanError(f"reason must be text, found {self.reason!r}")
         if self.mixer == "linear_attention":
             self._check_variant()
-        needs_window = self.mixer == "sliding_attention" or self.variant == "lolcats"
+        windowed_variant = self.mixer == "linear_attention" and VARIANTS[self.variant or ""][1]
+        needs_window = self.mixer == "sliding_attention" or windowed_variant
         self._check_window(needs_window)
         for key, belongs_to in (("sink", "sliding_attention"), ("variant", "linear_attention"),
                                 ("feature_map", "linear_attention")):  # fmt: skip
