@@ -1,0 +1,193 @@
+"""Hybrids on vLLM: any of its own decoder classes, with the plan put in while it is built. No modeling code is copied.
+
+A class is made for the name vLLM asks this module for. While the stock constructor runs, attentions get the plan's
+windows and sinks, and those that are removed become empty: they claim no cache, and their projections no memory.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from vllm import ModelRegistry
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
+
+from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan
+from layerboost.model.config import family_of, layers_of, stock_class
+from layerboost.model.families import Anatomy, anatomy_of
+from layerboost.model.mixers import MIXER
+
+_PREFIX = "LayerBoost"
+_PROJECTIONS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
+_decoders: set[str] = set()  # registered with transformers
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return hybrid_class(name.removeprefix(_PREFIX))
+
+
+@cache
+def hybrid_class(stock: str) -> type[nn.Module]:
+    """The hybrid of one of vLLM's classes, by the name that transformers and vLLM share.
+
+    Raises:
+        AttributeError: vLLM has no class of its own under this name.
+    """
+    if stock not in ModelRegistry.models:
+        raise AttributeError(f"vLLM has no class {stock} of its own; it cannot serve hybrids of this family")
+    base: Any = ModelRegistry.models[stock].load_model_cls()
+
+    def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        layers = layers_of(config)
+        check_servable(layers)
+        stock_model = _stock_model(config)
+        anatomy = anatomy_of(stock_model.base_model)
+        if config.model_type not in _decoders:  # classes that vLLM takes from transformers build their layers from it
+            stock_decoder = type(stock_model.base_model)
+            decoder = type(stock_decoder.__name__, (stock_decoder,), {"config_class": type(config)})
+            AutoModel.register(type(config), decoder)
+            _decoders.add(config.model_type)
+        with _plan_in_place(layers, anatomy):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        for layer, plan in zip(_decoder_layers(self, len(layers)), layers, strict=True):
+            if isinstance(layer, PPMissingLayer):
+                continue
+            if plan.mixer == "no_attention":
+                _remove_attention(layer, anatomy)
+            elif plan.sink:
+                _name_sinks(getattr(layer, anatomy.attention))
+
+    return type(f"{_PREFIX}{stock}", (base,), {"__init__": init, "__module__": __name__})
+
+
+def check_servable(layers: list[LayerPlan]) -> None:
+    """Raises PlanError if vLLM cannot run this plan."""
+    linear = [index for index, plan in enumerate(layers) if plan.mixer == "linear_attention"]
+    if linear:
+        raise PlanError(
+            f"layer {linear[0]}: vLLM has no state cache for linear_attention of LayerBoost; serve this checkpoint with "
+            "transformers, or plan with full, sliding and no attention"
+        )
+    if all(plan.mixer == "no_attention" for plan in layers):
+        raise PlanError("no layer has attention; vLLM needs at least one with a cache")
+
+
+def _stock_model(config: Any) -> Any:
+    """The family's model in transformers, without memory for its weights."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta"):
+            return stock_class(family_of(config))(config)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _plan_in_place(layers: list[LayerPlan], anatomy: Anatomy) -> Iterator[None]:
+    """Attentions that are built meanwhile follow the plan; the projections of removed ones are built without memory."""
+    attention = Attention.__init__
+
+    def attention_init(self: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        plan = layers[extract_layer_index(prefix)]
+        if plan.mixer == "no_attention":
+            nn.Module.__init__(self)  # not known to the engine, so that no cache is made for it
+            return
+        if plan.mixer == "sliding_attention":
+            kwargs["per_layer_sliding_window"] = plan.window
+        if plan.sink:
+            kwargs["sinks"] = _new_sinks(args[0] if args else kwargs["num_heads"])
+        attention(self, *args, prefix=prefix, **kwargs)
+
+    removed = re.compile(rf"\.(\d+)\.{anatomy.attention}\.")
+
+    def without_memory(init: Callable[..., None]) -> Callable[..., None]:
+        def projection_init(self: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+            found = removed.search(prefix)
+            gone = found is not None and layers[int(found[1])].mixer == "no_attention"
+            with torch.device("meta") if gone else contextlib.nullcontext():
+                init(self, *args, prefix=prefix, **kwargs)
+
+        return projection_init
+
+    with contextlib.ExitStack() as stack:
+        for cls in _PROJECTIONS:
+            stack.enter_context(_replaced(cls, without_memory(cls.__init__)))
+        stack.enter_context(_replaced(Attention, attention_init))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(cls: Any, init: Callable[..., None]) -> Iterator[None]:
+    original = cls.__init__
+    cls.__init__ = init
+    try:
+        yield
+    finally:
+        cls.__init__ = original
+
+
+def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if len(found) != 1:
+        raise PlanError(f"{type(model).__name__}: {len(found)} lists of {count} decoder layers were found, not one")
+    return found[0]
+
+
+def _remove_attention(layer: nn.Module, anatomy: Anatomy) -> None:
+    missing = [name for name in (anatomy.attention, *anatomy.norms) if not hasattr(layer, name)]
+    if missing:
+        raise PlanError(f"{type(layer).__name__} of vLLM has no {missing[0]}; hybrids of this family cannot be served")
+    # decoder layers of transformers unpack what their attention answers
+    setattr(layer, anatomy.attention, NoAttention(with_weights=isinstance(layer, GradientCheckpointingLayer)))
+    for name in anatomy.before:
+        setattr(layer, name, AddOnly())
+    for name in anatomy.after:
+        setattr(layer, name, nn.Identity())
+
+
+def _new_sinks(heads: int) -> nn.Parameter:
+    """A learned logit for each head of this rank, `[heads]`, in the model's dtype."""
+    sinks = nn.Parameter(torch.empty(heads), requires_grad=False)
+    set_weight_attrs(sinks, {"weight_loader": sharded_weight_loader(0)})
+    return sinks
+
+
+def _name_sinks(attention: nn.Module) -> None:
+    """Put the sinks that an attention runs with where the checkpoint has them."""
+    runs: Any = next(module for module in attention.modules() if isinstance(module, Attention))
+    mixer = nn.Module()
+    mixer.register_parameter("sink", runs.impl.sinks)
+    setattr(attention, MIXER, mixer)
+
+
+class NoAttention(nn.Module):
+    """Answers zeros, as large as the hidden states it is given among its arguments."""
+
+    def __init__(self, with_weights: bool) -> None:
+        super().__init__()
+        self.with_weights = with_weights
+
+    def forward(self, *args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor | tuple[Tensor, None]:
+        zeros = torch.zeros_like(args[-1] if hidden_states is None else hidden_states)
+        return (zeros, None) if self.with_weights else zeros
+
+
+class AddOnly(nn.Module):
+    """What is left of vLLM's fused addition and norm when nobody reads the norm."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return x if residual is None else (x, x + residual)
