@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from layerboost.bench import kv_bytes, ratio
+from layerboost.bench import ratio
+from layerboost.bench.transformers_engine import kv_bytes
 from layerboost.model.loading import load_model, load_original
 from tests.tiny import FULL, NONE, make_checkpoint, window
 

@@ -17,6 +17,7 @@ _VERBS = (
     "heal",
     "evaluate",
     "bench",
+    "serve",
     "export",
     "verify",
     "report",

@@ -222,14 +222,82 @@ class Ratio(Record):
         return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"
 
 
+class Load(Record):
+    """What an engine is asked to do: so many requests, never more than `concurrency` of them at once."""
+
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    requests: int
+
+
+class Served(Record):
+    """One model under one load, once.
+
+    Attributes:
+        seconds, cpu_seconds: from the first request in to the last token out; CPU time of all threads.
+        steps: of the engine.
+        ttft, tpot: seconds to a request's first token, and from one token to the next; median over requests.
+        running: requests in work at once, mean over the engine's steps.
+        preemptions: how often a request lost its cache and began again.
+        prefix_hit_rate: share of prompt tokens found in a prefix cache; the bench has it switched off.
+        kv_used, kv_used_last: share of the cache's blocks in use, at most and at the end.
+        peak_memory: bytes; of the device on CUDA, of the process elsewhere.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    steps: int
+    output_tokens: int
+    ttft: float
+    ttft_p99: float
+    tpot: float
+    tpot_p99: float
+    running: float
+    running_max: int
+    preemptions: int
+    prefix_hit_rate: float
+    kv_used: float
+    kv_used_last: float
+    peak_memory: int
+
+
+class ServingCell(Record):
+    """Base and hybrid under one load, in turn.
+
+    Attributes:
+        kv: `ample`, `limited`, or bytes as asked for; `kv_memory` is what both engines got, in bytes.
+        kv_bytes_per_token: cache of one sequence of this length in the engine, divided by its tokens.
+        kv_capacity: tokens of such sequences that fit.
+        runs: per model, every repeat.
+        throughput, cpu_throughput: output tokens per second, hybrid over base, repeat by repeat.
+    """
+
+    kv: str
+    kv_memory: int
+    load: Load
+    kv_bytes_per_token: dict[str, float]
+    kv_capacity: dict[str, int]
+    runs: dict[str, list[Served]]
+    throughput: Ratio
+    cpu_throughput: Ratio
+
+    def median(self, model: str, figure: str) -> float:
+        return statistics.median(getattr(served, figure) for served in self.runs[model])
+
+    def tokens_per_second(self, model: str, clock: str = "seconds") -> float:
+        return statistics.median(served.output_tokens / getattr(served, clock) for served in self.runs[model])
+
+
 class Bench(Artifact):
     """`bench.json`.
 
     Attributes:
-        settings: batch, context, tokens, repeats, threads, dtype, device.
-        seconds: per model and phase, every repeat.
+        settings: engine, batch, context, tokens, repeats, threads, dtype, device.
+        seconds: per model and phase, every repeat; on vLLM a phase is a load.
         speed: ratios of base time over hybrid time, so more is faster.
         kv_bytes_per_token: cache bytes of one sequence of `context` tokens, divided by its tokens.
+        serving: what vLLM did under load.
     """
 
     settings: dict[str, Any]
@@ -238,6 +306,7 @@ class Bench(Artifact):
     context: int
     kv_bytes_per_token: dict[str, float]
     parameters: dict[str, int]
+    serving: list[ServingCell] = []
 
     def median_seconds(self, model: str, phase: str) -> float:
         return statistics.median(self.seconds[model][phase])

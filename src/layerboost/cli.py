@@ -36,6 +36,10 @@ OutFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
+    return app.command()(troubles(function))
+
+
+def troubles(function: Callable[..., None]) -> Callable[..., None]:
     """A command whose troubles are one line and a documented exit code."""
 
     @functools.wraps(function)
@@ -55,7 +59,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             say(f"error: out of memory ({first}); use shorter sequences, a smaller batch or a smaller model")
             raise typer.Exit(EnvironmentTrouble.exit_code) from None
 
-    return app.command()(wrapped)
+    return wrapped
 
 
 def _out_of_memory(trouble: BaseException) -> bool:
@@ -156,14 +160,63 @@ def evaluate(hybrid: HybridArgument, against: Against, out: OutFile, settings: S
 
 
 @verb
-def bench(hybrid: HybridArgument, against: Against, out: OutFile, settings: Settings = None) -> None:
+def bench(
+    out: OutFile,
+    hybrid: Annotated[str | None, typer.Argument(help="Folder of a hybrid checkpoint.", metavar="[HYBRID]")] = None,
+    settings: Settings = None,
+    against: Annotated[str | None, typer.Option(help="The original model.", metavar="MODEL")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers (default), or vllm: under load.")] = None,
+    shape: Annotated[str | None, typer.Option(help="A known shape with random weights, not a model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Of the shape.")] = None,
+    width: Annotated[float | None, typer.Option(help="Factor on the shape's width.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Of the shape.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads of the shape.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads of the shape.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Size of a head of the shape.")] = None,
+    plan: Annotated[str | None, typer.Option(help="plan.json, or percent full/sliding/none like 25/50/25.")] = None,
+    window: Annotated[int | None, typer.Option(help="Of the sliding share.")] = None,
+) -> None:
     """Measure speed and KV cache against the original."""
     _quiet()
     from layerboost import bench as bench_verb
+    from layerboost.artifacts import validate
     from layerboost.recipe import configured
 
-    found = bench_verb.run(hybrid, against, configured(bench_verb.Config, settings or []), out=out)
-    _print(_cost_table(found))
+    # without a hybrid, the first setting stands where its name would
+    found_settings = list(settings or [])
+    if hybrid is not None and "=" in hybrid and not Path(hybrid).exists():
+        found_settings, hybrid = [hybrid, *found_settings], None
+    config = configured(bench_verb.Config, found_settings, {} if engine is None else {"engine": engine})
+    sizes = {
+        "layers": layers, "width": width, "vocabulary": vocabulary, "heads": heads, "kv_heads": kv_heads,
+        "head_dim": head_dim, "plan": plan, "window": window,
+    }  # fmt: skip
+    given = {key: value for key, value in sizes.items() if value is not None}
+    if shape is None:
+        if given:
+            raise UsageError(f"--{next(iter(given)).replace('_', '-')} is for --shape; a checkpoint has its own")
+        if hybrid is None or against is None:
+            raise UsageError("name a hybrid and its original after --against, or a known shape after --shape")
+        found = bench_verb.run(hybrid, against, config, out=out)
+    else:
+        if hybrid is not None or against is not None:
+            raise UsageError("--shape stands in place of a hybrid and its original; leave them out")
+        found = bench_verb.run_shape(validate(bench_verb.Shape, {"name": shape, **given}, "shape", UsageError), config, out=out)
+    for table in _bench_tables(found):
+        _print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@troubles
+def serve(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder of a hybrid, or of any model.", metavar="PATH")],
+) -> None:
+    """Serve a checkpoint on vLLM, on 127.0.0.1; what follows PATH goes to vLLM."""
+    _quiet()
+    from layerboost import serve as serve_verb
+
+    serve_verb.run(path, context.args)
 
 
 @verb
@@ -323,7 +376,8 @@ def _run(model: str, recipe: Any, out: Path) -> None:
 
     pipeline.run(model, recipe, out=out)
     _print(_quality_table(load(Evaluation, out / "evaluation.json")))
-    _print(_cost_table(load(Bench, out / "bench.json")))
+    for table in _bench_tables(load(Bench, out / "bench.json")):
+        _print(table)
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo(f"hybrid: {out / 'healed'}")
 
@@ -376,6 +430,10 @@ def _quality_table(evaluation: Any) -> Table:
     return table
 
 
+def _bench_tables(bench: Any) -> list[Table]:
+    return [_serving_table(bench), _serving_details(bench)] if bench.serving else [_cost_table(bench)]
+
+
 def _cost_table(bench: Any) -> Table:
     table = Table("cost", "base", "healed", "ratio (min to max)")
     kv = bench.kv_bytes_per_token
@@ -388,10 +446,43 @@ def _cost_table(bench: Any) -> Table:
     return table
 
 
+def _serving_table(bench: Any) -> Table:
+    title = f"{bench.settings['model']} on vLLM {bench.settings['vllm']}: output tokens per second, base and hybrid"
+    table = Table("KV", "requests at once", "tokens", "base", "hybrid", "ratio", "ratio, CPU time", title=title)
+    for cell in bench.serving:
+        load = cell.load
+        table.add_row(
+            cell.kv, str(load.concurrency), f"{load.prompt_tokens}+{load.output_tokens}",
+            *[f"{cell.tokens_per_second(name):,.1f}" for name in ("base", "healed")],
+            cell.throughput.show(), cell.cpu_throughput.show(),
+        )  # fmt: skip
+    return table
+
+
+def _serving_details(bench: Any) -> Table:
+    table = Table(
+        "KV", "requests at once", "KV bytes/token", "KV tokens", "KV MB used", "running", "preempted", "TTFT, s",
+        "TPOT, ms", "steps", "peak GB", title="base / hybrid, medians",
+    )  # fmt: skip
+
+    def pair(cell: Any, figure: str, form: str = ",.0f", factor: float = 1.0) -> str:
+        return " / ".join(format(cell.median(name, figure) * factor, form) for name in ("base", "healed"))
+
+    for cell in bench.serving:
+        held, capacity = cell.kv_bytes_per_token, cell.kv_capacity
+        table.add_row(
+            cell.kv, f"{cell.load.concurrency}, {cell.load.prompt_tokens}+{cell.load.output_tokens}",
+            f"{held['base']:,.0f} / {held['healed']:,.0f}", f"{capacity['base']:,} / {capacity['healed']:,}",
+            pair(cell, "kv_used", ",.1f", cell.kv_memory / 1e6), pair(cell, "running"), pair(cell, "preemptions"), pair(cell, "ttft", ".2f"), pair(cell, "tpot", ".1f", 1e3),
+            pair(cell, "steps"), pair(cell, "peak_memory", ".2f", 1e-9),
+        )  # fmt: skip
+    return table
+
+
 def _print(table: Table) -> None:
     # a pipe has no width: keep whole cells there
     console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=140)).print(table)
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
 def _version(asked: bool) -> None:

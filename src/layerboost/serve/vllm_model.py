@@ -26,6 +26,7 @@ from layerboost.layer_plan import LayerPlan
 from layerboost.model.config import family_of, layers_of, stock_class
 from layerboost.model.families import Anatomy, anatomy_of
 from layerboost.model.mixers import MIXER
+from layerboost.vllm import check_servable
 
 _PREFIX = "LayerBoost"
 _PROJECTIONS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
@@ -71,18 +72,6 @@ def hybrid_class(stock: str) -> type[nn.Module]:
                 _name_sinks(getattr(layer, anatomy.attention))
 
     return type(f"{_PREFIX}{stock}", (base,), {"__init__": init, "__module__": __name__})
-
-
-def check_servable(layers: list[LayerPlan]) -> None:
-    """Raises PlanError if vLLM cannot run this plan."""
-    linear = [index for index, plan in enumerate(layers) if plan.mixer == "linear_attention"]
-    if linear:
-        raise PlanError(
-            f"layer {linear[0]}: vLLM has no state cache for linear_attention of LayerBoost; serve this checkpoint with "
-            "transformers, or plan with full, sliding and no attention"
-        )
-    if all(plan.mixer == "no_attention" for plan in layers):
-        raise PlanError("no layer has attention; vLLM needs at least one with a cache")
 
 
 def _stock_model(config: Any) -> Any:

@@ -1,0 +1,77 @@
+"""How vLLM lays out the key/value cache of a plan: groups of layers that share one pool of blocks."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from layerboost.layer_plan import LayerPlan
+from layerboost.vllm import check_servable
+
+CPU_BLOCK = 128  # tokens in a block of vLLM's cache unless told otherwise
+GPU_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The cache of one plan.
+
+    Attributes:
+        block_size: tokens in a block.
+        block_bytes: of one block: keys and values of `block_size` tokens in each layer of a group, padding included.
+        windows: of each group; None keeps everything. Every sequence holds blocks of its own in every group.
+        used_share: share of a block's bytes that layers use; the rest is padding, because groups must be equally large.
+    """
+
+    block_size: int
+    block_bytes: int
+    windows: tuple[int | None, ...]
+    used_share: float
+
+    def blocks(self, computed: int, upto: int) -> int:
+        """Blocks that a sequence holds while its tokens from `computed` to `upto` are worked on."""
+        return sum(_blocks(window, computed, upto, self.block_size) for window in self.windows)
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """Cache of one sequence while its last token is worked on."""
+        return self.blocks(tokens - 1, tokens) * self.block_bytes
+
+
+def _blocks(window: int | None, computed: int, upto: int, block_size: int) -> int:
+    gone = 0 if window is None else max(0, computed - window + 1) // block_size
+    return -(-upto // block_size) - gone
+
+
+def kv_layout(
+    layers: list[LayerPlan], native_windows: list[int | None], layer_bytes: int, block_size: int
+) -> KVLayout:
+    """vLLM's grouping (0.32, `_get_kv_cache_groups_uniform_page_size`).
+
+    Args:
+        layer_bytes: keys and values of one token in one layer.
+
+    Raises:
+        PlanError: vLLM cannot run the plan.
+    """
+    check_servable(layers)
+    kinds = Counter(
+        native if plan.window is None else plan.window
+        for plan, native in zip(layers, native_windows, strict=True)
+        if plan.mixer != "no_attention"
+    )
+    fewest, most = min(kinds.values()), max(kinds.values())
+    size = most if most < 1.5 * fewest else fewest
+    windows = tuple(window for window, count in kinds.items() for _ in range(-(-count // size)))
+    return KVLayout(
+        block_size=block_size,
+        block_bytes=size * block_size * layer_bytes,
+        windows=windows,
+        used_share=sum(kinds.values()) / (size * len(windows)),
+    )
+
+
+def good_block_size(layers: list[LayerPlan], default: int) -> int:
+    """Blocks that a window does not leave mostly empty: at most half a window, at least 16 tokens."""
+    windows = [plan.window for plan in layers if plan.window]
+    if not windows:
+        return default
+    fitting = [size for size in (16, 32, 64, 128) if size <= max(16, min(windows) // 2)]
+    return min(default, fitting[-1])
