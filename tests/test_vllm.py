@@ -38,7 +38,10 @@ W = 7
 PLAN = [NONE, FULL, window(W), NONE, window(W, sink=True), NONE]
 # what the kernels of vLLM's CPU backend take
 SIZES = {"head_dim": 32, "hidden_size": 128, "num_hidden_layers": len(PLAN), "max_position_embeddings": 512}
-OWN_SIZES = {"gpt_neox": {"num_key_value_heads": 4}}  # vLLM reads the key, the family has no groups
+OWN = {
+    "gpt_neox": {"num_key_value_heads": 4},  # the family has no groups, but vLLM reads the key
+    "gemma3_text": {"tie_word_embeddings": False},  # tied, it is certain that every token repeats
+}
 NATIVE = {
     "mistral": {"sliding_window": 9},
     "gemma2": {},
@@ -81,7 +84,7 @@ class Hybrid:
 
 
 def make_base(folder, family, **changes):
-    return make_checkpoint(folder, family, **(SIZES | OWN_SIZES.get(family, {}) | changes))
+    return make_checkpoint(folder, family, **(SIZES | OWN.get(family, {}) | changes))
 
 
 def make_hybrid(folder, base, layers):

@@ -31,6 +31,15 @@ Settings = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value; docs list them.", metavar="KEY=VALUE")
 ]
 Against = Annotated[str, typer.Option(help="The original model.", metavar="MODEL")]
+ShapeName = Annotated[str | None, typer.Option(help="A known shape with random weights, in place of a model.")]
+ShapeLayers = Annotated[int | None, typer.Option(help="Of the shape.")]
+ShapeWidth = Annotated[float | None, typer.Option(help="Factor on the shape's width.")]
+ShapeVocabulary = Annotated[int | None, typer.Option(help="Of the shape.")]
+ShapeHeads = Annotated[int | None, typer.Option(help="Query heads of the shape.")]
+ShapeKVHeads = Annotated[int | None, typer.Option(help="Key/value heads of the shape.")]
+ShapeHeadDim = Annotated[int | None, typer.Option(help="Size of a head of the shape.")]
+ShapePlan = Annotated[str | None, typer.Option(help="plan.json, or percent full/sliding/none like 25/50/25.")]
+ShapeWindow = Annotated[int | None, typer.Option(help="Of the sliding share.")]
 OutFile = Annotated[Path, typer.Option(help="File to write.")]
 OutFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 
@@ -66,6 +75,27 @@ def _out_of_memory(trouble: BaseException) -> bool:
     return (
         isinstance(trouble, MemoryError) or "out of memory" in str(trouble) or "can't allocate memory" in str(trouble)
     )
+
+
+def _model_or_settings(model: str | None, settings: list[str] | None) -> tuple[str | None, list[str]]:
+    """Where no model is named, the first setting stands in its place."""
+    if model is not None and "=" in model and not Path(model).exists():
+        return None, [model, *(settings or [])]
+    return model, settings or []
+
+
+def _shape(name: str | None, *values: Any) -> Any:
+    """A shape from the flags, or None; flags of a shape without one are an error."""
+    from layerboost.artifacts import validate
+    from layerboost.model.shapes import Shape
+
+    keys = ("layers", "width", "vocabulary", "heads", "kv_heads", "head_dim", "plan", "window")
+    given = {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+    if name is not None:
+        return validate(Shape, {"name": name, **given}, "shape", UsageError)
+    if given:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} is for --shape; a checkpoint has its own")
+    return None
 
 
 def _quiet() -> None:
@@ -166,44 +196,90 @@ def bench(
     settings: Settings = None,
     against: Annotated[str | None, typer.Option(help="The original model.", metavar="MODEL")] = None,
     engine: Annotated[str | None, typer.Option(help="transformers (default), or vllm: under load.")] = None,
-    shape: Annotated[str | None, typer.Option(help="A known shape with random weights, not a model.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Of the shape.")] = None,
-    width: Annotated[float | None, typer.Option(help="Factor on the shape's width.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Of the shape.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of the shape.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads of the shape.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Size of a head of the shape.")] = None,
-    plan: Annotated[str | None, typer.Option(help="plan.json, or percent full/sliding/none like 25/50/25.")] = None,
-    window: Annotated[int | None, typer.Option(help="Of the sliding share.")] = None,
+    shape: ShapeName = None,
+    layers: ShapeLayers = None,
+    width: ShapeWidth = None,
+    vocabulary: ShapeVocabulary = None,
+    heads: ShapeHeads = None,
+    kv_heads: ShapeKVHeads = None,
+    head_dim: ShapeHeadDim = None,
+    plan: ShapePlan = None,
+    window: ShapeWindow = None,
 ) -> None:
     """Measure speed and KV cache against the original."""
     _quiet()
     from layerboost import bench as bench_verb
-    from layerboost.artifacts import validate
     from layerboost.recipe import configured
 
-    # without a hybrid, the first setting stands where its name would
-    found_settings = list(settings or [])
-    if hybrid is not None and "=" in hybrid and not Path(hybrid).exists():
-        found_settings, hybrid = [hybrid, *found_settings], None
-    config = configured(bench_verb.Config, found_settings, {} if engine is None else {"engine": engine})
-    sizes = {
-        "layers": layers, "width": width, "vocabulary": vocabulary, "heads": heads, "kv_heads": kv_heads,
-        "head_dim": head_dim, "plan": plan, "window": window,
-    }  # fmt: skip
-    given = {key: value for key, value in sizes.items() if value is not None}
-    if shape is None:
-        if given:
-            raise UsageError(f"--{next(iter(given)).replace('_', '-')} is for --shape; a checkpoint has its own")
-        if hybrid is None or against is None:
-            raise UsageError("name a hybrid and its original after --against, or a known shape after --shape")
-        found = bench_verb.run(hybrid, against, config, out=out)
-    else:
+    hybrid, settings = _model_or_settings(hybrid, settings)
+    config = configured(bench_verb.Config, settings, {} if engine is None else {"engine": engine})
+    chosen = _shape(shape, layers, width, vocabulary, heads, kv_heads, head_dim, plan, window)
+    if chosen is not None:
         if hybrid is not None or against is not None:
             raise UsageError("--shape stands in place of a hybrid and its original; leave them out")
-        found = bench_verb.run_shape(validate(bench_verb.Shape, {"name": shape, **given}, "shape", UsageError), config, out=out)
+        found = bench_verb.run_shape(chosen, config, out=out)
+    elif hybrid is None or against is None:
+        raise UsageError("name a hybrid and its original after --against, or a known shape after --shape")
+    else:
+        found = bench_verb.run(hybrid, against, config, out=out)
     for table in _bench_tables(found):
         _print(table)
+
+
+@verb
+def predict(
+    model: Annotated[str | None, typer.Argument(help="A hybrid, or an original and --plan.", metavar="[MODEL]")] = None,
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="Known device, `here` for a short probe, or a file.")] = "h100",
+    devices: Annotated[int, typer.Option(help="How many share the model.", min=1)] = 1,
+    shape: ShapeName = None,
+    layers: ShapeLayers = None,
+    width: ShapeWidth = None,
+    vocabulary: ShapeVocabulary = None,
+    heads: ShapeHeads = None,
+    kv_heads: ShapeKVHeads = None,
+    head_dim: ShapeHeadDim = None,
+    plan: ShapePlan = None,
+    window: ShapeWindow = None,
+) -> None:
+    """Estimate what a plan gives under load on a device, before anything runs."""
+    _quiet()
+    from layerboost import predict as predict_verb
+    from layerboost.recipe import configured
+
+    model, settings = _model_or_settings(model, settings)
+    config = configured(predict_verb.Config, settings)
+    if shape is None and model is not None and plan is not None:
+        found = predict_verb.run(model, config, plan=plan, window=window, device=device, devices=devices)
+    elif (chosen := _shape(shape, layers, width, vocabulary, heads, kv_heads, head_dim, plan, window)) is not None:
+        found = predict_verb.run_shape(chosen, config, device=device, devices=devices)
+    elif model is not None:
+        found = predict_verb.run(model, config, device=device, devices=devices)
+    else:
+        raise UsageError("name a hybrid, an original and its --plan, or a known shape after --shape")
+    _print(_prediction_table(found))
+
+
+@verb
+def calibrate(
+    benches: Annotated[list[Path], typer.Argument(help="bench.json files of vLLM.", metavar="BENCH...")],
+    out: Annotated[Path, typer.Option(help="Device file to write, for predict --device.")],
+    cells: Annotated[str | None, typer.Option(help="Loads to fit, such as 0,5,9; at most 4. Others check.")] = None,
+    clock: Annotated[str, typer.Option(help="seconds, or cpu_seconds.")] = "seconds",
+) -> None:
+    """Fit a device to measured loads, and say how well it predicts the others."""
+    _quiet()
+    from layerboost import predict as predict_verb
+
+    rows = predict_verb.calibrate_on(benches, cells, clock, out=out)
+    table = Table("", "load", "ratio measured", "predicted", "error", "base tokens/s measured", "predicted", "error")
+    for number, row in enumerate(rows):
+        table.add_row(
+            f"{number}{' fitted' if row.fitted else ''}", row.name, f"{row.ratio:.2f}", f"{row.predicted_ratio:.2f}",
+            f"{row.ratio_error:+.1%}", f"{row.base:,.0f}", f"{row.predicted_base:,.0f}", f"{row.base_error:+.1%}",
+        )  # fmt: skip
+    _print(table)
+    typer.echo(predict_verb.summary(rows))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -318,8 +394,8 @@ def demo(
 
 
 @verb
-def report(run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]) -> None:
-    """Write the run's report again."""
+def report(run: Annotated[Path, typer.Argument(help="Run folder, or a bench.json of vLLM.", metavar="RUN")]) -> None:
+    """Write the run's report again, or a page for a bench."""
     from layerboost import report as report_verb
 
     say(f"wrote {report_verb.run(run)}")
@@ -430,6 +506,29 @@ def _quality_table(evaluation: Any) -> Table:
     return table
 
 
+def _prediction_table(found: Any) -> Table:
+    title = f"{found.model}, {found.device.name} ({found.device.how}): an estimate"
+    table = Table("", "base", "hybrid", "ratio", title=title)
+    base, hybrid = found.base, found.hybrid
+
+    def row(name: str, figure: str, form: str = ",.0f") -> None:
+        ours, theirs = getattr(hybrid, figure), getattr(base, figure)
+        table.add_row(name, format(theirs, form), format(ours, form), f"{ours / theirs:.2f}" if theirs else "")
+
+    load = found.load
+    row(
+        f"output tokens/s, {load.concurrency} at once, {load.prompt_tokens}+{load.output_tokens} tokens",
+        "tokens_per_second",
+    )
+    row("requests in work at once, mean", "running", ",.1f")
+    row(f"KV bytes per token at {load.prompt_tokens + load.output_tokens}", "kv_bytes_per_token")
+    row("share of the KV memory lost to padding of groups", "kv_padding", ".1%")
+    row("requests that had to start again", "preemptions")
+    row("GFLOP per token, attention left out", "token_flops_giga", ",.2f")
+    table.add_row("KV memory, bytes", f"{found.kv_memory['base']:,}", f"{found.kv_memory['hybrid']:,}", "")
+    return table
+
+
 def _bench_tables(bench: Any) -> list[Table]:
     return [_serving_table(bench), _serving_details(bench)] if bench.serving else [_cost_table(bench)]
 
@@ -469,13 +568,20 @@ def _serving_details(bench: Any) -> Table:
         return " / ".join(format(cell.median(name, figure) * factor, form) for name in ("base", "healed"))
 
     for cell in bench.serving:
-        held, capacity = cell.kv_bytes_per_token, cell.kv_capacity
+        load, held, capacity = cell.load, cell.kv_bytes_per_token, cell.kv_capacity
         table.add_row(
-            cell.kv, f"{cell.load.concurrency}, {cell.load.prompt_tokens}+{cell.load.output_tokens}",
-            f"{held['base']:,.0f} / {held['healed']:,.0f}", f"{capacity['base']:,} / {capacity['healed']:,}",
-            pair(cell, "kv_used", ",.1f", cell.kv_memory / 1e6), pair(cell, "running"), pair(cell, "preemptions"), pair(cell, "ttft", ".2f"), pair(cell, "tpot", ".1f", 1e3),
-            pair(cell, "steps"), pair(cell, "peak_memory", ".2f", 1e-9),
-        )  # fmt: skip
+            cell.kv,
+            f"{load.concurrency}, {load.prompt_tokens}+{load.output_tokens}",
+            f"{held['base']:,.0f} / {held['healed']:,.0f}",
+            f"{capacity['base']:,} / {capacity['healed']:,}",
+            pair(cell, "kv_used", ",.1f", cell.kv_memory / 1e6),
+            pair(cell, "running"),
+            pair(cell, "preemptions"),
+            pair(cell, "ttft", ".2f"),
+            pair(cell, "tpot", ".1f", 1e3),
+            pair(cell, "steps"),
+            pair(cell, "peak_memory", ".2f", 1e-9),
+        )
     return table
 
 

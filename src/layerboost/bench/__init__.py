@@ -1,4 +1,4 @@
-"""bench: how fast, and how much cache, against the original, side by side: on plain transformers, or on vLLM under load."""
+"""bench: how fast, and how much cache, against the original: on plain transformers, or on vLLM under load."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from layerboost.artifacts import Bench, Plan, Ratio, Record, load, save, text_digest
+from layerboost.artifacts import Bench, Ratio, Record, save, text_digest
 from layerboost.bench import transformers_engine, vllm_engine
 from layerboost.bench.vllm_engine import Serving
-from layerboost.errors import DataError, UsageError
-from layerboost.layer_plan import LayerPlan, full_plan
+from layerboost.errors import DataError
+from layerboost.layer_plan import LayerPlan
 from layerboost.model.config import check_plan, family_of, hybrid_config, stock_class
 from layerboost.model.hybrid import model_class
 from layerboost.model.loading import check_pair, digest, find_model, load_model, pick_device, plan_of, read_config
-from layerboost.model.shapes import mixed_plan, shape_config, shape_label
+from layerboost.model.shapes import Shape
 from layerboost.provenance import provenance
 
 
@@ -44,43 +44,6 @@ class Config(Record):
     repeats: int = Field(5, ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     serving: Serving = Serving()
-
-
-class Shape(Record):
-    """A well-known shape with random weights, in place of a model; see `model.shapes`.
-
-    Attributes:
-        plan: shares of full, sliding and no attention in percent, or a plan file.
-        window: of the sliding share.
-    """
-
-    name: str
-    layers: int | None = Field(None, ge=1)
-    width: float = Field(1.0, gt=0)
-    vocabulary: int | None = Field(None, ge=2)
-    heads: int | None = Field(None, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=2)
-    plan: str = "25/50/25"
-    window: int = Field(64, ge=1)
-
-    def _sizes(self) -> dict[str, Any]:
-        return {
-            "width": self.width, "num_hidden_layers": self.layers, "vocab_size": self.vocabulary,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-        }  # fmt: skip
-
-    @property
-    def label(self) -> str:
-        return shape_label(self.name, **self._sizes())
-
-    def config(self) -> PreTrainedConfig:
-        return shape_config(self.name, **self._sizes())
-
-    def layer_plan(self, layers: int) -> list[LayerPlan]:
-        if Path(self.plan).is_file():
-            return load(Plan, Path(self.plan)).layers
-        return mixed_plan(self.plan, layers, self.window)
 
 
 @dataclass(frozen=True)
@@ -207,8 +170,9 @@ def _on_vllm(pair: Pair, base_config: PreTrainedConfig, config: Config) -> Bench
     first = cells[0]
     return Bench(
         settings={
-            "model": pair.name, "engine": "vllm", "repeats": config.repeats, "plan": [p.label for p in pair.layers],
-            **facts, "serving": config.serving.model_dump(mode="json"),
+            "model": pair.name, "engine": "vllm", "repeats": config.repeats,
+            "plan": [layer.entry() for layer in pair.layers], "base_config": base_config.to_diff_dict(),
+            "serving": config.serving.model_dump(mode="json"), **facts,
         },
         seconds={
             name: {phase: [served.seconds for served in cell.runs[name]] for phase, cell in phases.items()}

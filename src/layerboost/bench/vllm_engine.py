@@ -16,13 +16,13 @@ from transformers import PreTrainedConfig
 
 from layerboost.artifacts import Load, Ratio, Record, Served, ServingCell
 from layerboost.bench import vllm_worker
-from layerboost.vllm.kv import CPU_BLOCK, GPU_BLOCK, good_block_size, kv_layout
 from layerboost.errors import DataError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan, full_plan
 from layerboost.model.config import native_windows
 from layerboost.model.mixers import HeadShape
 from layerboost.progress import progress, say
 from layerboost.vllm import check_servable, require_vllm
+from layerboost.vllm.kv import CPU_BLOCK, GPU_BLOCK, good_block_size, kv_layout
 
 _HIT_RATE_LIMIT = 0.01
 # processes that keep their memory, as servers do, on threads that may run where they like
@@ -57,7 +57,7 @@ class Serving(Record):
     kv: list[Literal["ample", "limited"] | int] = Field(["ample", "limited"], min_length=1)
     limited_share: float = Field(0.25, gt=0, le=1)
     decode_batch: int = Field(16, ge=1)
-    decode_lengths: list[int] = []
+    decode_lengths: list[int] = Field(default_factory=list)
     block_size: int | None = Field(None, ge=1)
     max_batched_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

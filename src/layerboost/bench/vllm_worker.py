@@ -122,9 +122,7 @@ class _Engine:
     def _drive(self, prompts: list[list[int]], load: Load) -> tuple[list[Any], int]:
         from vllm import SamplingParams
 
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=False
-        )
+        sampling = SamplingParams(temperature=0.0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=False)
         finished: list[Any] = []
         sent = steps = 0
         while len(finished) < len(prompts):

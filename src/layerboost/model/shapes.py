@@ -1,9 +1,12 @@
 """Shapes of well-known models, for measurements that do not depend on what the weights are."""
 
+from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from transformers import PreTrainedConfig
 
+from layerboost.artifacts import Plan, Record, load
 from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.config import base_config_class
@@ -98,3 +101,40 @@ def mixed_plan(shares: str, layers: int, window: int) -> list[LayerPlan]:
         given[behind] += 1
         chosen.append(mixers[behind])
     return chosen
+
+
+class Shape(Record):
+    """A well-known shape with random weights and a plan for it, in place of a hybrid.
+
+    Attributes:
+        plan: shares of full, sliding and no attention in percent, or a plan file.
+        window: of the sliding share.
+    """
+
+    name: str
+    layers: int | None = Field(None, ge=1)
+    width: float = Field(1.0, gt=0)
+    vocabulary: int | None = Field(None, ge=2)
+    heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=2)
+    plan: str = "25/50/25"
+    window: int = Field(64, ge=1)
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "width": self.width, "num_hidden_layers": self.layers, "vocab_size": self.vocabulary,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+        }  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        return shape_label(self.name, **self._sizes())
+
+    def config(self) -> PreTrainedConfig:
+        return shape_config(self.name, **self._sizes())
+
+    def layer_plan(self, layers: int) -> list[LayerPlan]:
+        if Path(self.plan).is_file():
+            return load(Plan, Path(self.plan)).layers
+        return mixed_plan(self.plan, layers, self.window)

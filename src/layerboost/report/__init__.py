@@ -17,7 +17,7 @@ from layerboost.artifacts import (
     write_text,
 )
 from layerboost.errors import UsageError
-from layerboost.report.figures import healing_figure, sensitivity_figure
+from layerboost.report.figures import healing_figure, sensitivity_figure, serving_figure
 
 _PARTS: dict[str, Any] = {
     "result": (Result, "result.json"),
@@ -29,19 +29,26 @@ _PARTS: dict[str, Any] = {
 }
 
 
-def run(folder: Path, *, out: Path | None = None) -> Path:
-    """Write `report.html` of a run folder, and return its path.
+def run(source: Path, *, out: Path | None = None) -> Path:
+    """Write the page of a run folder, `report.html`, or of a bench of vLLM, beside it; and return its path.
 
     Raises:
-        UsageError: the folder is not that of a finished run.
+        UsageError: neither the folder of a finished run nor a bench of vLLM.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; name the run folder that `layerboost run` wrote")
-    missing = [name for _, name in _PARTS.values() if not (folder / name).is_file()]
+    if source.is_file():
+        bench = load(Bench, source, UsageError)
+        if not bench.serving:
+            raise UsageError(f"{source} is not a bench of vLLM; its page is that of its run: name the run folder")
+        path = out or source.with_suffix(".html")
+        write_text(path, _page("bench.html.jinja", bench=bench, serving_svg=serving_figure(bench)))
+        return path
+    if not source.is_dir():
+        raise UsageError(f"{source} is not a folder; name the run folder that `layerboost run` wrote, or a bench.json")
+    missing = [name for _, name in _PARTS.values() if not (source / name).is_file()]
     if missing:
-        raise UsageError(f"{folder} is not a finished run: {missing[0]} is missing; finish it with `layerboost run`")
-    parts = {name: load(kind, folder / file, UsageError) for name, (kind, file) in _PARTS.items()}
-    path = out or folder / "report.html"
+        raise UsageError(f"{source} is not a finished run: {missing[0]} is missing; finish it with `layerboost run`")
+    parts = {name: load(kind, source / file, UsageError) for name, (kind, file) in _PARTS.items()}
+    path = out or source / "report.html"
     write_text(path, render(**parts))
     return path
 
@@ -49,15 +56,21 @@ def run(folder: Path, *, out: Path | None = None) -> Path:
 def render(
     result: Result, sensitivity: Sensitivity, plan: Plan, healing: Healing, evaluation: Evaluation, bench: Bench
 ) -> str:
+    return _page(
+        "report.html.jinja",
+        result=result, sensitivity=sensitivity, plan=plan, healing=healing, evaluation=evaluation, bench=bench,
+        sensitivity_svg=sensitivity_figure(sensitivity), healing_svg=healing_figure(healing),
+        serving_svg=serving_figure(bench) if bench.serving else "",
+    )  # fmt: skip
+
+
+def _page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("layerboost.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["bytes"] = readable_bytes
-    return environment.get_template("report.html.jinja").render(
-        result=result, sensitivity=sensitivity, plan=plan, healing=healing, evaluation=evaluation, bench=bench,
-        sensitivity_svg=sensitivity_figure(sensitivity), healing_svg=healing_figure(healing),
-    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def readable_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from layerboost.artifacts import Healing, Sensitivity
+from layerboost.artifacts import Bench, Healing, Sensitivity
 
 _COLOURS = ("#b4534b", "#d99a3d", "#4f8f8b", "#7b6fb0", "#8a8a8a")
 _STYLE = {
@@ -93,6 +93,28 @@ def healing_figure(healing: Healing) -> str:
             axes.set_xlabel("tokens")
             axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         return _svg(figure, "Healing curve")
+
+
+def serving_figure(bench: Bench) -> str:
+    """Output tokens per second of every load, and the time from one token to the next, base beside hybrid."""
+    labels = [f"{c.kv}\n{c.load.concurrency} x {c.load.prompt_tokens}+{c.load.output_tokens}" for c in bench.serving]
+    places = np.arange(len(labels))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(9.5, 0.9 * len(labels)), 5.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        for offset, name, colour, word in ((-0.2, "base", "#8a8a8a", "base"), (0.2, "healed", "#2f5d8a", "hybrid")):
+            rates = [[s.output_tokens / s.seconds for s in cell.runs[name]] for cell in bench.serving]
+            steps = [[1_000 * s.tpot for s in cell.runs[name]] for cell in bench.serving]
+            for axes, values in ((above, rates), (below, steps)):
+                middle = np.array([np.median(v) for v in values])
+                errors = [middle - [min(v) for v in values], [max(v) for v in values] - middle]
+                axes.bar(places + offset, middle, 0.38, yerr=errors, color=colour, label=word,
+                         error_kw={"elinewidth": 0.8, "ecolor": "#444"})  # fmt: skip
+        above.set_title("Output tokens per second")
+        below.set_title("Milliseconds from one token to the next")
+        below.set_xticks(places, labels, fontsize=8)
+        figure.legend(*above.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        return _svg(figure, "Throughput and latency under load")
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -6,11 +6,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from layerboost.artifacts import MANIFEST, intact
-from layerboost.vllm.kv import CPU_BLOCK, good_block_size
 from layerboost.errors import CheckpointError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.loading import find_model, is_hybrid, load_tokenizer, plan_of, read_config, weight_files
 from layerboost.vllm import check_servable, require_vllm
+from layerboost.vllm.kv import CPU_BLOCK, good_block_size
 
 _GROUP = "vllm.general_plugins"
 _SHARE_OF_MEMORY = "0.4"  # vLLM asks for nearly all of it, and on CPU does not start where other programs run

@@ -90,8 +90,8 @@ def _plan_in_place(layers: list[LayerPlan], anatomy: Anatomy) -> Iterator[None]:
     """Attentions that are built meanwhile follow the plan; the projections of removed ones are built without memory."""
     attention = Attention.__init__
 
-    def attention_init(self: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
-        plan = layers[extract_layer_index(prefix)]
+    def attention_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plan = layers[extract_layer_index(kwargs["prefix"])]
         if plan.mixer == "no_attention":
             nn.Module.__init__(self)  # not known to the engine, so that no cache is made for it
             return
@@ -99,7 +99,7 @@ def _plan_in_place(layers: list[LayerPlan], anatomy: Anatomy) -> Iterator[None]:
             kwargs["per_layer_sliding_window"] = plan.window
         if plan.sink:
             kwargs["sinks"] = _new_sinks(args[0] if args else kwargs["num_heads"])
-        attention(self, *args, prefix=prefix, **kwargs)
+        attention(self, *args, **kwargs)
 
     removed = re.compile(rf"\.(\d+)\.{anatomy.attention}\.")
 

@@ -19,8 +19,8 @@ def check_servable(layers: list[LayerPlan]) -> None:
     linear = [index for index, plan in enumerate(layers) if plan.mixer == "linear_attention"]
     if linear:
         raise PlanError(
-            f"layer {linear[0]}: vLLM has no state cache for linear_attention of LayerBoost; serve this checkpoint with "
-            "transformers, or plan with full, sliding and no attention"
+            f"layer {linear[0]}: linear_attention has no state cache in vLLM; serve this checkpoint with transformers, "
+            "or plan with full, sliding and no attention"
         )
     if all(plan.mixer == "no_attention" for plan in layers):
         raise PlanError("no layer has attention; vLLM needs at least one with a cache")

@@ -30,9 +30,18 @@ class KVLayout:
         """Blocks that a sequence holds while its tokens from `computed` to `upto` are worked on."""
         return sum(_blocks(window, computed, upto, self.block_size) for window in self.windows)
 
+    def admission_blocks(self, known: int, max_batched_tokens: int) -> int:
+        """Blocks that must be free before a request of `known` tokens is taken in."""
+        whole = -(-known // self.block_size)
+        total = 0
+        for window in self.windows:
+            reach = whole if window is None else -(-(window - 1 + max_batched_tokens) // self.block_size) + 1
+            total += min(whole, reach)
+        return total
+
     def sequence_bytes(self, tokens: int) -> int:
-        """Cache of one sequence while its last token is worked on."""
-        return self.blocks(tokens - 1, tokens) * self.block_bytes
+        """Cache of one sequence at its end; the last token is sampled, and never enters the cache."""
+        return self.blocks(max(0, tokens - 2), max(1, tokens - 1)) * self.block_bytes
 
 
 def _blocks(window: int | None, computed: int, upto: int, block_size: int) -> int:
@@ -40,9 +49,7 @@ def _blocks(window: int | None, computed: int, upto: int, block_size: int) -> in
     return -(-upto // block_size) - gone
 
 
-def kv_layout(
-    layers: list[LayerPlan], native_windows: list[int | None], layer_bytes: int, block_size: int
-) -> KVLayout:
+def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_bytes: int, block_size: int) -> KVLayout:
     """vLLM's grouping (0.32, `_get_kv_cache_groups_uniform_page_size`).
 
     Args:
