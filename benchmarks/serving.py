@@ -77,7 +77,8 @@ def measure(path: Path, shape: Shape, serving: Serving, repeats: int) -> Bench:
         base, hybrid = (cell.tokens_per_second(name) for name in ("base", "healed"))
         running = " to ".join(f"{cell.median(name, 'running'):.0f}" for name in ("base", "healed"))
         print(
-            f"{plan}: KV {cell.kv}, {cell.load.concurrency} at once, {cell.load.prompt_tokens}+{cell.load.output_tokens}: "
+            f"{plan}: KV {cell.kv}, {cell.load.concurrency} at once, "
+            f"{cell.load.prompt_tokens}+{cell.load.output_tokens}: "
             f"{base:,.0f} to {hybrid:,.0f} tokens/s, ratio {cell.throughput.show()}, "
             f"CPU time {cell.cpu_throughput.show()}, in work {running}",
             flush=True,

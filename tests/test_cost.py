@@ -63,12 +63,12 @@ def test_a_sequence_holds_the_blocks_that_its_windows_reach(size, block):
 
 
 def test_blocks_fit_the_narrowest_window():
-    assert good_block_size([FULL, NONE], 128) == 128
-    assert good_block_size([FULL, window(64)], 128) == 32
-    assert good_block_size([window(1024), window(64)], 128) == 32
-    assert good_block_size([window(1024)], 128) == 128
-    assert good_block_size([window(1024)], 16) == 16
-    assert good_block_size([window(4)], 128) == 16
+    for plan, size in (
+        ([FULL, NONE], 128), ([FULL, window(64)], 32), ([window(1024), window(130)], 64), ([window(1024)], 128),
+        ([window(4)], 32),
+    ):  # fmt: skip
+        assert good_block_size(plan, on_cpu=True) == size
+        assert good_block_size(plan, on_cpu=False) == 16
 
 
 def load_of(concurrency=4, prompt=20, output=5, requests=None):

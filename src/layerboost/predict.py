@@ -19,7 +19,7 @@ from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import base_config_class, check_plan, native_windows
 from layerboost.model.loading import find_config, is_hybrid, plan_of
 from layerboost.model.shapes import Shape, mixed_plan
-from layerboost.vllm.kv import GPU_BLOCK, KVLayout, good_block_size, kv_layout
+from layerboost.vllm.kv import KVLayout, good_block_size, kv_layout
 
 _MOST_FITTED = 4
 _MEMORY_SHARE = 0.9  # of a device's memory that vLLM takes
@@ -96,7 +96,7 @@ def run_shape(shape: Shape, config: Config | None = None, *, device: str = "h100
 def outlook(name: str, model: PreTrainedConfig, layers: list[LayerPlan], config: Config, device: Device) -> Outlook:
     check_plan(layers, model)
     dtype = getattr(torch, config.dtype)
-    block = config.block_size or good_block_size(layers, GPU_BLOCK)
+    block = config.block_size or good_block_size(layers, on_cpu=device.name.startswith("cpu"))
     asked = Load(
         concurrency=config.concurrency, prompt_tokens=config.prompt_tokens, output_tokens=config.output_tokens,
         requests=config.concurrency * config.rounds,

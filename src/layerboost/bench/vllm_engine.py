@@ -22,7 +22,7 @@ from layerboost.model.config import native_windows
 from layerboost.model.mixers import HeadShape
 from layerboost.progress import progress, say
 from layerboost.vllm import check_servable, require_vllm
-from layerboost.vllm.kv import CPU_BLOCK, GPU_BLOCK, good_block_size, kv_layout
+from layerboost.vllm.kv import good_block_size, kv_layout
 
 _HIT_RATE_LIMIT = 0.01
 # processes that keep their memory, as servers do, on threads that may run where they like
@@ -134,7 +134,7 @@ def _options(
 ) -> dict[str, Any]:
     """vLLM's engine arguments that both models get."""
     on_cpu = not torch.cuda.is_available()
-    block = serving.block_size or good_block_size(layers, CPU_BLOCK if on_cpu else GPU_BLOCK)
+    block = serving.block_size or good_block_size(layers, on_cpu)
     options: dict[str, Any] = {
         "dtype": serving.dtype or ("float32" if on_cpu else "auto"),
         "load_format": "dummy" if random_weights else "auto",
@@ -232,10 +232,11 @@ class Engine:
             kind, found = self.connection.recv()
         except EOFError:
             self.process.join()
-            kind, found = "failed", f"its process ended with code {self.process.exitcode}"
+            said = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            kind, found = "failed", f"its process ended with code {self.process.exitcode}: {said}"
         if kind != wanted:
-            last = "; ".join(self.log.read_text(errors="replace").strip().splitlines()[-1:])
-            raise EnvironmentTrouble(f"vLLM could not serve the {self.name} model: {found} ({last[:300]})")
+            reason = " ".join(str(found).split())[:400]
+            raise EnvironmentTrouble(f"vLLM could not serve the {self.name} model: {reason}")
         return found
 
     def close(self) -> None:

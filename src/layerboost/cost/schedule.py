@@ -87,7 +87,7 @@ def schedule(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int)
                 step.preempted += 1
                 if loser is request:
                     break
-            if needed > free:
+            if index == len(running):  # it lost its own cache
                 break
             request.held += needed
             free -= needed

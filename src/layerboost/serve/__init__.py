@@ -10,7 +10,7 @@ from layerboost.errors import CheckpointError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.loading import find_model, is_hybrid, load_tokenizer, plan_of, read_config, weight_files
 from layerboost.vllm import check_servable, require_vllm
-from layerboost.vllm.kv import CPU_BLOCK, good_block_size
+from layerboost.vllm.kv import good_block_size
 
 _GROUP = "vllm.general_plugins"
 _SHARE_OF_MEMORY = "0.4"  # vLLM asks for nearly all of it, and on CPU does not start where other programs run
@@ -49,7 +49,7 @@ def server_command(path: str | Path, flags: list[str]) -> list[str]:
         _check_plugin()
     defaults = {"--host": "127.0.0.1", "--served-model-name": folder.resolve().name}
     if _on_cpu():
-        defaults["--block-size"] = str(good_block_size(layers, CPU_BLOCK))
+        defaults["--block-size"] = str(good_block_size(layers, on_cpu=True))
         defaults["--gpu-memory-utilization"] = _SHARE_OF_MEMORY
     given = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     ours = [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]

@@ -75,10 +75,8 @@ def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_b
     )
 
 
-def good_block_size(layers: list[LayerPlan], default: int) -> int:
-    """Blocks that a window does not leave mostly empty: at most half a window, at least 16 tokens."""
-    windows = [plan.window for plan in layers if plan.window]
-    if not windows:
-        return default
-    fitting = [size for size in (16, 32, 64, 128) if size <= max(16, min(windows) // 2)]
-    return min(default, fitting[-1])
+def good_block_size(layers: list[LayerPlan], on_cpu: bool) -> int:
+    """vLLM's own block, or a smaller one that its kernels know and a narrow window does not leave mostly empty."""
+    own, least = (CPU_BLOCK, 32) if on_cpu else (GPU_BLOCK, GPU_BLOCK)
+    narrowest = min((plan.window for plan in layers if plan.window), default=2 * own)
+    return max(size for size in (16, 32, 64, 128) if least <= size <= max(least, min(own, narrowest // 2)))
