@@ -3,6 +3,7 @@
     python benchmarks/serving.py claim --out runs/serving        # the plan 25/50/25 against its base, five pairs
     python benchmarks/serving.py overhead --out runs/serving     # all layers full against vLLM's own class, ten pairs
     python benchmarks/serving.py grid --out runs/serving         # other plans, lengths and cache sizes
+    python benchmarks/serving.py decode --out runs/serving       # 16 requests, longer and longer outputs
     python benchmarks/serving.py foretold --out runs/serving     # fit four loads, predict all others
 
 The shape is Qwen3-4B's at an eighth of its width: hidden, intermediate, query and key/value sizes keep their
@@ -59,6 +60,17 @@ def grid(out: Path, repeats: int) -> None:
         measure(out / f"grid-{number}.json", shape, Serving(**loads), repeats)
 
 
+def decode(out: Path, repeats: int) -> None:
+    serving = Serving(
+        concurrency=[16], prompt_tokens=128, output_tokens=64, kv=["ample"], decode_lengths=[128, 256, 512, 1024]
+    )
+    bench = measure(out / "decode.json", SHAPE, serving, repeats)
+    for cell in bench.serving:
+        latency = " to ".join(f"{1_000 * cell.median(name, 'tpot'):.1f}" for name in ("base", "healed"))
+        cache = " to ".join(f"{cell.median(name, 'kv_used') * cell.kv_memory / 1e6:.1f}" for name in ("base", "healed"))
+        print(f"16 requests of 128+{cell.load.output_tokens} tokens: {latency} ms per token, {cache} MB of cache")
+
+
 def foretold(out: Path, cells: str) -> None:
     rows = calibrate_on(sorted(out.glob("claim-*.json")) + sorted(out.glob("grid-*.json")), cells, "cpu_seconds",
                         out=out / "device.json")  # fmt: skip
@@ -88,17 +100,22 @@ def measure(path: Path, shape: Shape, serving: Serving, repeats: int) -> Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["claim", "overhead", "grid", "foretold"])
+    parser.add_argument("what", choices=["claim", "overhead", "grid", "decode", "foretold"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, help="pairs; 5 for the claim, 10 for the overhead, 2 for the grid")
+    parser.add_argument("--repeats", type=int, help="pairs; 5 for the claim, 10 for the overhead, 3 for the others")
     parser.add_argument("--fit", default="0,5,9,12", help="numbers of the loads to fit, at most 4")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.what == "foretold":
         foretold(asked.out, asked.fit)
     else:
-        repeats = asked.repeats or {"claim": 5, "overhead": 10, "grid": 2}[asked.what]
-        {"claim": claim, "overhead": overhead, "grid": grid}[asked.what](asked.out, repeats)
+        measurement, repeats = {
+            "claim": (claim, 5),
+            "overhead": (overhead, 10),
+            "grid": (grid, 3),
+            "decode": (decode, 3),
+        }[asked.what]
+        measurement(asked.out, asked.repeats or repeats)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ PAGES = (
     "heal",
     "evaluate",
     "bench",
+    "predict",
     "inspect",
     "export",
     "verify",

@@ -313,7 +313,7 @@ def export(
 
 @verb
 def verify(
-    path: Annotated[str, typer.Argument(help="Folder of a hybrid or of an export.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="A hybrid, an export, or a server's http address.", metavar="PATH")],
     against: Annotated[str, typer.Option(help="The hybrid; or, for one not healed, the original.", metavar="MODEL")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     trust_remote_code: Annotated[

@@ -70,9 +70,14 @@ def kv_bytes(model: Any, context: int) -> int:
 
 @torch.no_grad()
 def peak_bytes(model: Any, context: int, batch: int) -> int | None:
-    """Most device memory while `batch` sequences of `context` tokens are read and one token is decoded; None on CPU."""
+    """Weights and what else is held at most while `batch` sequences of `context` tokens are read and a token decoded.
+
+    None on CPU. Other models on the device do not count.
+    """
     if model.device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
     _once(model, torch.zeros(batch, context - 1, dtype=torch.long), 1)
-    return torch.cuda.max_memory_allocated(model.device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return weights + torch.cuda.max_memory_allocated(model.device) - before

@@ -25,6 +25,7 @@ from layerboost.vllm import check_servable, require_vllm
 from layerboost.vllm.kv import good_block_size, kv_layout
 
 _HIT_RATE_LIMIT = 0.01
+_SHARE_OF_GPU = 0.45  # of two engines on one device; vLLM does not start where less than that is free
 # processes that keep their memory, as servers do, on threads that may run where they like
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
@@ -144,6 +145,8 @@ def _options(
         "block_size": block,
         "tensor_parallel_size": serving.tensor_parallel,
     }
+    if not on_cpu:
+        options["gpu_memory_utilization"] = _SHARE_OF_GPU
     if serving.max_batched_tokens is not None:
         options["max_num_batched_tokens"] = serving.max_batched_tokens
     return options

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -42,6 +43,14 @@ def config_class(family: str) -> type[PreTrainedConfig]:
         (base,),
         {"model_type": PREFIX + family, "__module__": __name__, "__doc__": f"A hybrid of the {family} family."},
     )
+
+
+def __getattr__(name: str) -> Any:
+    """Configuration classes by their names: processes that are handed a configuration look its class up here."""
+    kind = getattr(transformers, name.removeprefix("LayerBoost"), None) if name.startswith("LayerBoost") else None
+    if kind is None or getattr(kind, "model_type", None) not in CONFIG_MAPPING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(kind.model_type)
 
 
 def native_windows(config: PreTrainedConfig) -> list[int | None]:

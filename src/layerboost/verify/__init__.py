@@ -25,11 +25,12 @@ from layerboost.model.loading import (
     read_config,
 )
 from layerboost.progress import say
-from layerboost.verify import probe
+from layerboost.verify import probe, served
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
 # of the largest logit: what differs by less is rounding, of other kernels or of other versions
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+SERVED_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # nats; engines round in other places
 _LONGEST = 1_024
 
 
@@ -47,13 +48,15 @@ def run(
     """Compare a checkpoint with the hybrid it was exported from, or with its original under its own plan.
 
     Args:
-        path: a hybrid, a portable export or a native export.
+        path: a hybrid, a portable export or a native export; or the address of a server of vLLM.
         against: the hybrid; or the original, for a hybrid that is not healed.
         trust_remote_code: run the code that comes with the checkpoint, in a process that has no layerboost.
 
     Raises:
         CheckpointError: one of the two cannot be read, or they do not belong together.
     """
+    if str(path).startswith(("http://", "https://")):
+        return _served(str(path), find_model(against), dtype)
     folder, other = find_model(path), find_model(against)
     reference, layers, record = _reference(folder, other, dtype)
     prompts = _prompts(record, layers, reference.config.vocab_size)
@@ -66,6 +69,26 @@ def run(
         *_logits(prompts, wanted, found, dtype),
         _memory(prompts, found, record, layers, dtype, stock=not is_hybrid(read_config(folder))),
     ]
+
+
+def _served(url: str, other: Path, dtype: DTYPES) -> list[Check]:
+    config = read_config(other)
+    layers, record = plan_of(config, other), describe(other, other, config)
+    prompts = _prompts(record, layers, config.vocab_size, room=served.NEW_TOKENS)
+    say(f"{len(prompts)} prompts of {', '.join(prompts)} tokens, {served.NEW_TOKENS} answered, {dtype}")
+    answers = served.ask(url, prompts)
+    model = load_model(other, dtype=getattr(torch, dtype))
+    from_best, from_ours = served.differences(model, prompts, answers)
+    limit = SERVED_TOLERANCE[dtype]
+    return [
+        _within("greedy tokens against the best here", from_best, SERVED_TOLERANCE[dtype]),
+        _within("logprobs against those here", from_ours, SERVED_TOLERANCE[dtype]),
+    ]
+
+
+def _within(name: str, worst: float, limit: float) -> Check:
+    found = f"at most {worst:.1e} nats" + ("" if worst <= limit else f", above {limit:g}")
+    return Check(name=name, found=found, holds=worst <= limit)
 
 
 def _reference(folder: Path, other: Path, dtype: DTYPES) -> tuple[Any, list[LayerPlan], ModelRecord]:
@@ -93,9 +116,9 @@ def _reference(folder: Path, other: Path, dtype: DTYPES) -> tuple[Any, list[Laye
     return model, layers, record
 
 
-def _prompts(record: ModelRecord, layers: list[LayerPlan], vocabulary: int) -> dict[str, Tensor]:
-    """Around the widest window that fits, and well beyond it."""
-    longest = max(1, min(record.context - 8, _LONGEST))
+def _prompts(record: ModelRecord, layers: list[LayerPlan], vocabulary: int, room: int = 8) -> dict[str, Tensor]:
+    """Around the widest window that fits, and well beyond it; with `room` for what comes after a prompt."""
+    longest = max(1, min(record.context - room, _LONGEST))
     windows = [plan.window for plan in layers if plan.window and plan.window < longest]
     edge = max(windows, default=16)
     lengths = {1, edge - 1, edge, edge + 1, 2 * edge + 3, 3 * edge + 64}

@@ -1,6 +1,6 @@
 """Teaches vLLM to open hybrids. vLLM calls `register` in each of its processes, by the entry point of this package."""
 
-_MODEL = "layerboost.serve.vllm_model"
+_MODEL = "layerboost.vllm.model"
 
 
 def register() -> None:

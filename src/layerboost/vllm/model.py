@@ -6,7 +6,7 @@ windows and sinks, and those that are removed become empty: they claim no cache,
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,20 +15,26 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from vllm import ModelRegistry
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
-from layerboost.errors import PlanError
+from layerboost.errors import CheckpointError, PlanError
 from layerboost.layer_plan import LayerPlan
+from layerboost.model import families
 from layerboost.model.config import family_of, layers_of, stock_class
 from layerboost.model.families import Anatomy, anatomy_of
 from layerboost.model.mixers import MIXER
 from layerboost.vllm import check_servable
 
+# families that tests run on; others are served as they are found, and said to be unverified
+VERIFIED_ON_VLLM = families.VERIFIED
+
 _PREFIX = "LayerBoost"
+_logger = init_logger(__name__)
 _PROJECTIONS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 _decoders: set[str] = set()  # registered with transformers
 
@@ -54,6 +60,11 @@ def hybrid_class(stock: str) -> type[nn.Module]:
         config = vllm_config.model_config.hf_config
         layers = layers_of(config)
         check_servable(layers)
+        if family_of(config) not in VERIFIED_ON_VLLM:
+            _logger.warning(
+                "LayerBoost has no tests of %s on vLLM; compare its answers with those of transformers",
+                family_of(config),
+            )
         stock_model = _stock_model(config)
         anatomy = anatomy_of(stock_model.base_model)
         if config.model_type not in _decoders:  # classes that vLLM takes from transformers build their layers from it
@@ -63,6 +74,7 @@ def hybrid_class(stock: str) -> type[nn.Module]:
             _decoders.add(config.model_type)
         with _plan_in_place(layers, anatomy):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        self.layerboost_anatomy, self.layerboost_parts = anatomy, _parts(stock_model, layers, anatomy)
         for layer, plan in zip(_decoder_layers(self, len(layers)), layers, strict=True):
             if isinstance(layer, PPMissingLayer):
                 continue
@@ -71,7 +83,20 @@ def hybrid_class(stock: str) -> type[nn.Module]:
             elif plan.sink:
                 _name_sinks(getattr(layer, anatomy.attention))
 
-    return type(f"{_PREFIX}{stock}", (base,), {"__init__": init, "__module__": __name__})
+    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        seen: set[tuple[int, str]] = set()
+        loaded = base.load_weights(self, _noted(weights, self.layerboost_anatomy, seen))
+        missing = sorted(self.layerboost_parts - seen)
+        if missing:
+            index, part = missing[0]
+            raise CheckpointError(
+                f"the checkpoint has no tensor for {part} of layer {index}'s attention ({len(missing)} such in all); "
+                "fetch it again"
+            )
+        return loaded
+
+    members = {"__init__": init, "load_weights": load_weights, "__module__": __name__}
+    return type(f"{_PREFIX}{stock}", (base,), members)
 
 
 def _stock_model(config: Any) -> Any:
@@ -127,6 +152,31 @@ def _replaced(cls: Any, init: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         cls.__init__ = original
+
+
+def _parts(stock_model: Any, layers: list[LayerPlan], anatomy: Anatomy) -> set[tuple[int, str]]:
+    """Parts of attentions that a checkpoint must have tensors for, such as (3, `q_proj`).
+
+    vLLM itself does not miss a projection that is not there: it serves whatever the memory held.
+    """
+    stack = getattr(stock_model.base_model, anatomy.layers)
+    return {
+        (index, part)
+        for index, (layer, plan) in enumerate(zip(stack, layers, strict=True))
+        for part, module in getattr(layer, anatomy.attention).named_children()
+        if plan.mixer != "no_attention" and next(module.parameters(), None) is not None
+    }
+
+
+def _noted(
+    weights: Iterable[tuple[str, Tensor]], anatomy: Anatomy, seen: set[tuple[int, str]]
+) -> Iterator[tuple[str, Tensor]]:
+    of_attention = re.compile(rf"(?:^|\.){anatomy.layers}\.(\d+)\.{anatomy.attention}\.(\w+)\.")
+    for name, tensor in weights:
+        found = of_attention.search(name)
+        if found:
+            seen.add((int(found[1]), found[2]))
+        yield name, tensor
 
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

@@ -1,0 +1,106 @@
+"""verify on a server: answers that are the hybrid's pass, others do not, and what is no server is said."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from layerboost import verify
+from layerboost.errors import EnvironmentTrouble
+from layerboost.model.loading import load_model, load_original
+from layerboost.model.saving import save_hybrid
+from tests.tiny import FULL, NONE, make_checkpoint, window
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    base = make_checkpoint(root / "base", "llama")
+    model = load_original(base)
+    model.convert([NONE, window(8), FULL, window(8)])
+    save_hybrid(model, root / "hybrid", original=base, inputs={}, what="test")
+    return root / "hybrid"
+
+
+@pytest.fixture
+def server(folder):
+    """The hybrid behind an address, as vLLM's server answers; `spoil` may change what it says."""
+    model = load_model(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        spoil = staticmethod(lambda answer: answer)
+        models = ("it",)
+
+        def log_message(self, *_):
+            pass
+
+        def reply(self, answer, status=200):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def do_GET(self):
+            self.reply({"data": [{"id": name} for name in self.models]})
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["temperature"] == 0
+            tokens, chosen, steps = asked["prompt"], [], []
+            for _ in range(asked["max_tokens"]):
+                with torch.no_grad():
+                    row = model(torch.tensor([tokens + chosen])).logits[0, -1].log_softmax(-1)
+                top = row.topk(asked["logprobs"])
+                steps.append(
+                    {f"token_id:{i}": v for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)}
+                )
+                chosen.append(row.argmax().item())
+            answer = {"tokens": [f"token_id:{token}" for token in chosen], "top_logprobs": steps}
+            self.reply({"choices": [{"logprobs": self.spoil(answer)}]})
+
+    running = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield Handler, f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def held(checks):
+    return [check.holds for check in checks]
+
+
+def test_its_own_answers_hold(folder, server):
+    _, url = server
+    assert held(verify.run(url, folder)) == [True, True]
+    assert held(verify.run(url + "/v1/", folder)) == [True, True]
+
+
+def test_other_tokens_and_other_logprobs_do_not(folder, server):
+    handler, url = server
+
+    def other_token(answer):
+        worst = min(answer["top_logprobs"][3], key=answer["top_logprobs"][3].get)
+        answer["tokens"][3] = worst
+        return answer
+
+    def other_logprobs(answer):
+        answer["top_logprobs"][-1] = {token: value + 0.01 for token, value in answer["top_logprobs"][-1].items()}
+        return answer
+
+    handler.spoil = staticmethod(other_token)
+    assert held(verify.run(url, folder))[0] is False
+    handler.spoil = staticmethod(other_logprobs)
+    assert held(verify.run(url, folder)) == [True, False]
+
+
+def test_what_is_no_server_is_said(folder, server):
+    handler, url = server
+    with pytest.raises(EnvironmentTrouble, match="cannot be reached"):
+        verify.run("http://127.0.0.1:9", folder)
+    handler.models = ("one", "two")
+    with pytest.raises(EnvironmentTrouble, match="serves 2 models"):
+        verify.run(url, folder)
+    handler.models = ("it",)
+    handler.spoil = staticmethod(lambda answer: None)
+    with pytest.raises(EnvironmentTrouble, match="did not answer with tokens and logprobs"):
+        verify.run(url, folder)
