@@ -4,6 +4,7 @@ A family is a row of `tiny.FAMILIES`, a plan a row of `PLANS`; every test here t
 """
 
 import itertools
+import pickle
 import shutil
 import subprocess
 import sys
@@ -575,3 +576,13 @@ def test_embeddings_in_place_of_ids(tiny):
     hybrid = converted(tiny, PLANS["mixed"])
     tokens = some_tokens(2, 20)
     assert torch.equal(hybrid(inputs_embeds=hybrid.get_input_embeddings()(tokens)).logits, hybrid(tokens).logits)
+
+
+def test_configurations_are_handed_to_other_processes(tmp_path):
+    """Engines that start workers pickle the configuration, and find its class by name."""
+    folder = make_checkpoint(tmp_path / "base", "gemma3_text")
+    model = load_original(folder)
+    model.convert([NONE, window(5), FULL, FULL])
+    again = pickle.loads(pickle.dumps(model.config))
+    assert type(again) is type(model.config)
+    assert again.to_dict() == model.config.to_dict()

@@ -64,6 +64,13 @@ def test_a_model_that_is_no_hybrid_is_served_as_it_is(hybrid, with_vllm):
     assert flags["--served-model-name"] == "base"
 
 
+def test_quantised_weights_are_for_vllm_to_judge(tmp_path, with_vllm):
+    folder = make_checkpoint(tmp_path / "small", "llama", **SIZES)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    assert str(folder) in serve.server_command(folder, [])
+
+
 def test_what_is_wrong_is_said_before_anything_starts(hybrid, tmp_path, with_vllm, monkeypatch):
     with pytest.raises(CheckpointError, match="does not exist"):
         serve.server_command(tmp_path / "nowhere", [])

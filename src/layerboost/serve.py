@@ -37,7 +37,7 @@ def server_command(path: str | Path, flags: list[str]) -> list[str]:
     """What `run` hands to Python, after all checks."""
     require_vllm()
     folder = find_model(path)
-    config = read_config(folder)
+    config = read_config(folder, quantised=True)
     weight_files(folder)
     load_tokenizer(folder)
     if (folder / MANIFEST).exists() and not intact(folder, deep=True):

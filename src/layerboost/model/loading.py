@@ -84,8 +84,11 @@ def _download(name: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, *, quantised: bool = False) -> PreTrainedConfig:
     """The configuration of a base model or a hybrid.
+
+    Args:
+        quantised: whether one of quantised weights is allowed.
 
     Raises:
         CheckpointError: missing, damaged, of a family that is not supported, or quantised.
@@ -96,7 +99,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{folder / 'config.json'}: key model_type is missing; this is not a model's configuration"
         )
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not quantised:
         raise CheckpointError(f"{folder}: quantised checkpoints are not supported; start from the original weights")
     family = model_type.removeprefix(PREFIX)
     raw.pop("auto_map", None)  # code that comes along is not run, and would not be there where this is saved to

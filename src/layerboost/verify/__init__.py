@@ -79,7 +79,6 @@ def _served(url: str, other: Path, dtype: DTYPES) -> list[Check]:
     answers = served.ask(url, prompts)
     model = load_model(other, dtype=getattr(torch, dtype))
     from_best, from_ours = served.differences(model, prompts, answers)
-    limit = SERVED_TOLERANCE[dtype]
     return [
         _within("greedy tokens against the best here", from_best, SERVED_TOLERANCE[dtype]),
         _within("logprobs against those here", from_ours, SERVED_TOLERANCE[dtype]),

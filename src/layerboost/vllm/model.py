@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ from layerboost.vllm import check_servable
 # families that tests run on; others are served as they are found, and said to be unverified
 VERIFIED_ON_VLLM = families.VERIFIED
 
+_NOT_IN_FLOAT16 = ("gemma2", "gemma3_text", "glm4")  # which vLLM itself refuses by the name that a hybrid changes
 _PREFIX = "LayerBoost"
 _logger = init_logger(__name__)
 _PROJECTIONS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
-_decoders: set[str] = set()  # registered with transformers
 
 
 def __getattr__(name: str) -> Any:
@@ -60,22 +60,18 @@ def hybrid_class(stock: str) -> type[nn.Module]:
         config = vllm_config.model_config.hf_config
         layers = layers_of(config)
         check_servable(layers)
-        if family_of(config) not in VERIFIED_ON_VLLM:
-            _logger.warning(
-                "LayerBoost has no tests of %s on vLLM; compare its answers with those of transformers",
-                family_of(config),
-            )
+        family = family_of(config)
+        if family in _NOT_IN_FLOAT16 and vllm_config.model_config.dtype == torch.float16:
+            raise CheckpointError(f"{family} overflows in float16; use --dtype bfloat16 or float32")
+        if family not in VERIFIED_ON_VLLM:
+            _logger.warning("LayerBoost has no tests of %s on vLLM; try it with `layerboost verify`", family)
         stock_model = _stock_model(config)
         anatomy = anatomy_of(stock_model.base_model)
-        if config.model_type not in _decoders:  # classes that vLLM takes from transformers build their layers from it
-            stock_decoder = type(stock_model.base_model)
-            decoder = type(stock_decoder.__name__, (stock_decoder,), {"config_class": type(config)})
-            AutoModel.register(type(config), decoder)
-            _decoders.add(config.model_type)
+        _register_decoder(type(config), type(stock_model.base_model))
         with _plan_in_place(layers, anatomy):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         self.layerboost_anatomy, self.layerboost_parts = anatomy, _parts(stock_model, layers, anatomy)
-        for layer, plan in zip(_decoder_layers(self, len(layers)), layers, strict=True):
+        for layer, plan in zip(_decoder_layers(self, len(layers), anatomy), layers, strict=True):
             if isinstance(layer, PPMissingLayer):
                 continue
             if plan.mixer == "no_attention":
@@ -97,6 +93,12 @@ def hybrid_class(stock: str) -> type[nn.Module]:
 
     members = {"__init__": init, "load_weights": load_weights, "__module__": __name__}
     return type(f"{_PREFIX}{stock}", (base,), members)
+
+
+def _register_decoder(config_class: Any, stock_decoder: Any) -> None:
+    """Classes that vLLM takes from transformers build their layers from what is registered for their configuration."""
+    decoder = type(stock_decoder.__name__, (stock_decoder,), {"config_class": config_class})
+    AutoModel.register(config_class, decoder, exist_ok=True)
 
 
 def _stock_model(config: Any) -> Any:
@@ -179,11 +181,18 @@ def _noted(
         yield name, tensor
 
 
-def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+def _decoder_layers(model: nn.Module, count: int, anatomy: Anatomy) -> nn.ModuleList:
+    def is_stack(module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and all(isinstance(layer, PPMissingLayer) or hasattr(layer, anatomy.attention) for layer in module)
+        )
+
+    found = [module for module in model.modules() if is_stack(module)]
     if len(found) != 1:
         raise PlanError(f"{type(model).__name__}: {len(found)} lists of {count} decoder layers were found, not one")
-    return found[0]
+    return cast(nn.ModuleList, found[0])
 
 
 def _remove_attention(layer: nn.Module, anatomy: Anatomy) -> None:
