@@ -11,11 +11,11 @@ from tests.tiny import FAMILIES, make_checkpoint
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    """Nothing in the tests may reach out."""
+    """Nothing in the tests may reach out of this machine."""
     connect = socket.socket.connect
 
     def refuse(self, address):
-        if self.family != socket.AF_UNIX:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise OSError(f"the tests have no network, yet something connects to {address}")
         return connect(self, address)
 

@@ -84,8 +84,12 @@ def benches(tmp_path_factory):
     ]
 
 
-def test_four_loads_foretell_the_others(benches, tmp_path):
-    rows = predict.calibrate_on(benches, "0,1,2,6", "seconds", out=tmp_path / "device.json")
+def test_four_loads_foretell_the_others(benches, tmp_path, monkeypatch):
+    probed = TRUTH.model_copy(
+        update={"flops": 9e10, "kv_bandwidth": 1e10, "attention_flops": 6e10, "step_seconds": 2e-3}
+    )
+    monkeypatch.setattr(predict, "find_device", lambda name: probed)
+    rows = predict.calibrate_on(benches, "0,2,6,8", "seconds", out=tmp_path / "device.json")
     assert [row.fitted for row in rows].count(True) == 4
     others = [row for row in rows if not row.fitted]
     assert len(others) == 8
