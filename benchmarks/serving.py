@@ -102,8 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["claim", "overhead", "grid", "decode", "foretold"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, help="pairs; 5 for the claim, 10 for the overhead, 3 for the others")
-    parser.add_argument("--fit", default="0,5,9,12", help="numbers of the loads to fit, at most 4")
+    parser.add_argument(
+        "--repeats", type=int, help="pairs; 5 for the claim, 10 for the overhead, 2 for the grid, 3 for decode"
+    )
+    parser.add_argument("--fit", default="2,7,9,12", help="numbers of the loads to fit, at most 4")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.what == "foretold":
@@ -112,7 +114,7 @@ def main() -> None:
         measurement, repeats = {
             "claim": (claim, 5),
             "overhead": (overhead, 10),
-            "grid": (grid, 3),
+            "grid": (grid, 2),
             "decode": (decode, 3),
         }[asked.what]
         measurement(asked.out, asked.repeats or repeats)
