@@ -49,7 +49,6 @@ NATIVE = {
     "gemma2": {},
     "gemma3_text": {},
     "starcoder2": {"sliding_window": 9},
-    "mixtral": {"sliding_window": 9},
 }
 ENGINE = {
     "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 16,
@@ -365,6 +364,8 @@ def test_an_adapter_of_the_hybrid(tmp_path, hybrid):
         assert_agrees(generate(llm, prompts_of(LENGTHS)), hybrid.reference)
         adapted = generate(llm, prompts_of(LENGTHS), lora_request=request)
     assert_agrees(adapted, lambda tokens: tuned(tokens, use_cache=False).logits)
+    without = expected(hybrid.reference, prompts_of(LENGTHS), tokens_of(adapted))
+    assert difference(without, logprobs_of(adapted)) > 100 * CLOSE
 
 
 @pytest.mark.parametrize(
