@@ -77,6 +77,7 @@ def foretold(out: Path, cells: str) -> None:
     for number, row in enumerate(rows):
         print(f"{number:2} {'fitted' if row.fitted else '      '} {row.name:60} ratio {row.ratio:.2f}, predicted "
               f"{row.predicted_ratio:.2f} ({row.ratio_error:+.1%}); base error {row.base_error:+.1%}")  # fmt: skip
+        print("          where the base's time goes: " + ", ".join(f"{k} {v:.0%}" for k, v in row.shares.items()))
     print(summary(rows))
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from layerboost.bench import ratio
+from layerboost.artifacts import Load, Ratio, Served
 from layerboost.bench.transformers_engine import kv_bytes
+from layerboost.bench.vllm_engine import _interleaved
+from layerboost.errors import DataError
 from layerboost.model.loading import load_model, load_original
 from tests.tiny import FULL, NONE, make_checkpoint, window
 
@@ -26,6 +28,42 @@ def test_native_windows_are_not_counted_as_whole_prompts(tmp_path):
 
 
 def test_ratios_are_paired():
-    found = ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    found = Ratio.of_times([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert (found.min, found.median, found.max) == (1.0, 2.0, 3.0)
-    assert ratio([3.0, 1.0], [1.0, 2.0]).median == pytest.approx(1.75)
+    assert Ratio.of_times([3.0, 1.0], [1.0, 2.0]).median == pytest.approx(1.75)
+
+
+class FakeEngine:
+    """Answers every load at once, with so many of its prompts from a cache."""
+
+    facts = {"blocks": 10}  # noqa: RUF012
+
+    def __init__(self, hit_rate):
+        self.hit_rate, self.asked = hit_rate, []
+
+    def measure(self, load, seed):
+        self.asked.append((load.requests, seed))
+        return Served(
+            seconds=1.0, cpu_seconds=1.0, steps=1, output_tokens=1, ttft=1.0, ttft_p99=1.0, tpot=1.0, tpot_p99=1.0,
+            running=1.0, running_max=1, preemptions=0, prefix_hit_rate=self.hit_rate, kv_used=0.5, kv_used_last=0.5,
+            peak_memory=1,
+        )  # fmt: skip
+
+
+LOADS = [Load(concurrency=n, prompt_tokens=8, output_tokens=2, requests=n) for n in (2, 3)]
+
+
+def test_prompts_out_of_a_prefix_cache_are_an_error():
+    engines = {"base": FakeEngine(0.0), "healed": FakeEngine(0.01)}
+    with pytest.raises(DataError, match=r"1.0% of the prompts came out of a prefix cache"):
+        _interleaved(engines, LOADS, "ample", 1_000, 2)
+    assert _interleaved(engines | {"healed": FakeEngine(0.009)}, LOADS, "ample", 1_000, 2)
+
+
+def test_both_models_get_the_same_prompts_and_no_prompts_come_twice():
+    engines = {"base": FakeEngine(0.0), "healed": FakeEngine(0.0)}
+    _interleaved(engines, LOADS, "ample", 1_000, 3)
+    base, hybrid = (sorted(engine.asked) for engine in engines.values())
+    assert base == hybrid
+    measured = [seed for requests, seed in base if requests > 1]
+    assert len(measured) == len(set(measured)) == 6

@@ -23,6 +23,14 @@ SHAPE = Shape(
 SIZES = {"head_dim": 32, "hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny models are slower with more, above all beside other work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     serving = Serving(

@@ -173,6 +173,8 @@ def test_predict_a_hybrid_a_plan_and_a_shape(tiny, tmp_path):
     [
         ([], 2, "name a hybrid, an original and its --plan, or a known shape"),
         (["--plan", "25/50/25"], 2, "--plan is for --shape"),
+        (["reference", "--shape", "qwen3-4b"], 2, "leave one of the two out"),
+        (["reference", "--plan", "25/50/25", "--layers", "4"], 2, "--layers is for --shape"),
         (["--shape", "gpt-5"], 2, "shape must be one of qwen3-4b"),
         (["--shape", "qwen3-4b", "--device", "abacus"], 2, "device must be one of a10"),
         (["--shape", "qwen3-4b", "--plan", "0/0/100"], 4, "no layer has attention"),

@@ -40,6 +40,7 @@ W = 7
 PLAN = [NONE, FULL, window(W), NONE, window(W, sink=True), NONE]
 # what the kernels of vLLM's CPU backend take
 SIZES = {"head_dim": 32, "hidden_size": 128, "num_hidden_layers": len(PLAN), "max_position_embeddings": 512}
+QKV, OUT = (4 * 32 + 2 * 2 * 32, 128), (128, 4 * 32)  # shapes of an attention's projections at these sizes
 OWN = {
     "gpt_neox": {"num_key_value_heads": 4},  # the family has no groups, but vLLM reads the key
     "gemma3_text": {"tie_word_embeddings": False},  # tied, it is certain that every token repeats
@@ -326,8 +327,10 @@ def test_removed_attentions_have_no_cache_and_no_memory(tmp_path, monkeypatch, f
     attention = {name: parameter for name, parameter in parameters.items() if "self_attn" in name}
     assert {layer_of(name) for name in attention} == kept
     assert all(parameter.device.type == "cpu" for parameter in parameters.values())
-    projections = Counter(tuple(p.shape) for p in attention.values() if p.ndim == 2)
-    assert projections == {shape: allocated[shape] for shape in projections}
+    # after loading, kernels may hold weights in a form of their own: so what was allocated is counted by shape
+    assert allocated[QKV] == len(kept)
+    if not from_transformers(family):  # there vLLM first builds every layer of transformers, parameter by parameter
+        assert allocated[OUT] == len(kept)
 
 
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])

@@ -217,6 +217,12 @@ class Ratio(Record):
     median: float
     max: float
 
+    @classmethod
+    def of_times(cls, base: list[float], hybrid: list[float]) -> "Ratio":
+        """How much faster: base time over hybrid time, repeat by repeat."""
+        ratios = [b / h for b, h in zip(base, hybrid, strict=True)]
+        return cls(min=min(ratios), median=statistics.median(ratios), max=max(ratios))
+
     def show(self) -> str:
         """`1.23x (1.08 to 1.28)`."""
         return f"{self.median:.2f}x ({self.min:.2f} to {self.max:.2f})"

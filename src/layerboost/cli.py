@@ -249,7 +249,10 @@ def predict(
 
     model, settings = _model_or_settings(model, settings)
     config = configured(predict_verb.Config, settings)
-    if shape is None and model is not None and plan is not None:
+    if shape is not None and model is not None:
+        raise UsageError("--shape stands in place of a model; leave one of the two out")
+    if model is not None and plan is not None:
+        _shape(None, layers, width, vocabulary, heads, kv_heads, head_dim, None, None)  # which are of no use here
         found = predict_verb.run(model, config, plan=plan, window=window, device=device, devices=devices)
     elif (chosen := _shape(shape, layers, width, vocabulary, heads, kv_heads, head_dim, plan, window)) is not None:
         found = predict_verb.run_shape(chosen, config, device=device, devices=devices)

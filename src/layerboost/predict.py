@@ -57,10 +57,6 @@ class Outlook:
     base: cost.Prediction
     hybrid: cost.Prediction
 
-    @property
-    def ratio(self) -> float:
-        return self.hybrid.tokens_per_second / self.base.tokens_per_second
-
 
 def run(
     model: str | Path, config: Config | None = None, *, plan: str | None = None, window: int | None = None,
@@ -132,6 +128,7 @@ class Row:
     hybrid: float
     predicted_base: float
     predicted_hybrid: float
+    shares: dict[str, float]  # of the base's predicted time
 
     @property
     def ratio(self) -> float:
@@ -177,6 +174,7 @@ def calibrate_on(benches: Sequence[Path], cells: str | None, clock: str, *, out:
             Row(
                 name=name, fitted=number in chosen, base=tokens / base.seconds, hybrid=tokens / hybrid.seconds,
                 predicted_base=tokens / base.predicted(device), predicted_hybrid=tokens / hybrid.predicted(device),
+                shares=base.shares(device),
             )
         )  # fmt: skip
     return rows

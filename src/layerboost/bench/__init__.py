@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,16 @@ from layerboost.errors import DataError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.config import check_plan, family_of, hybrid_config, stock_class
 from layerboost.model.hybrid import model_class
-from layerboost.model.loading import check_pair, digest, find_model, load_model, pick_device, plan_of, read_config
+from layerboost.model.loading import (
+    check_pair,
+    digest,
+    find_model,
+    is_hybrid,
+    load_model,
+    pick_device,
+    plan_of,
+    read_config,
+)
 from layerboost.model.shapes import Shape
 from layerboost.provenance import provenance
 
@@ -142,7 +150,9 @@ def _on_transformers(pair: Pair, base_config: PreTrainedConfig, config: Config) 
             "threads": torch.get_num_threads(), "peak_bytes": peak,
         },
         seconds=seconds,
-        speed={phase: ratio(seconds["base"][phase], seconds["healed"][phase]) for phase in ("prefill", "decode")},
+        speed={
+            phase: Ratio.of_times(seconds["base"][phase], seconds["healed"][phase]) for phase in ("prefill", "decode")
+        },
         context=context,
         kv_bytes_per_token={name: transformers_engine.kv_bytes(m, context) / context for name, m in models.items()},
         parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
@@ -156,9 +166,8 @@ def _model(pair: Pair, folder: Path, device: str) -> Any:
     if not pair.random_weights:
         return load_model(folder, dtype=dtype, device=device)
     config = read_config(folder)
-    kind = model_class(family_of(config)) if folder == pair.hybrid else stock_class(family_of(config))
     with torch.device(device):
-        return kind._from_config(config, dtype=dtype or torch.bfloat16).eval()
+        return _class_of(config)._from_config(config, dtype=dtype or torch.bfloat16).eval()
 
 
 def _on_vllm(pair: Pair, base_config: PreTrainedConfig, config: Config) -> Bench:
@@ -192,10 +201,13 @@ def _parameters(pair: Pair) -> dict[str, int]:
     counts = {}
     for name, folder in (("base", pair.base), ("healed", pair.hybrid)):
         config = read_config(folder)
-        kind = model_class(family_of(config)) if name == "healed" else stock_class(family_of(config))
         with torch.device("meta"):
-            counts[name] = sum(p.numel() for p in kind(config).parameters())
+            counts[name] = sum(p.numel() for p in _class_of(config)(config).parameters())
     return counts
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    return (model_class if is_hybrid(config) else stock_class)(family_of(config))
 
 
 def _context(config: Config, longest: int) -> int:
@@ -206,9 +218,3 @@ def _context(config: Config, longest: int) -> int:
             "context <= the model's and new_tokens < context"
         )
     return context
-
-
-def ratio(base: list[float], hybrid: list[float]) -> Ratio:
-    """Base time over hybrid time, repeat by repeat."""
-    ratios = [b / h for b, h in zip(base, hybrid, strict=True)]
-    return Ratio(min=min(ratios), median=median(ratios), max=max(ratios))

@@ -13,7 +13,6 @@ from layerboost.artifacts import Load
 from layerboost.cost.device import Device
 from layerboost.cost.schedule import Step, schedule
 from layerboost.cost.work import Work
-from layerboost.errors import DataError
 from layerboost.vllm.kv import KVLayout
 
 _LEAST = 1e-7  # seconds; what a cost of nothing starts from
@@ -94,14 +93,21 @@ class Counts:
         )
 
 
+def step_parts(work: Work, counts: Counts, device: Device) -> dict[str, np.ndarray]:
+    """Where the time of each step goes, `[steps]` each."""
+    flops = counts.tokens * work.token_flops + counts.sampled * work.head_flops
+    calls = sum(work.attentions.values()) * device.call_seconds
+    return {
+        "weights": np.maximum(flops / device.flops, work.weight_bytes / device.bandwidth),
+        "attention over prompts": counts.pairs * work.pair_flops / device.attention_flops,
+        "attention in decoding": counts.reads * work.kv_bytes / device.kv_bandwidth,
+        "steps": device.step_seconds + counts.running * (device.sequence_seconds + calls),
+    }
+
+
 def step_seconds(work: Work, counts: Counts, device: Device) -> np.ndarray:
     """Time of each step, `[steps]`."""
-    flops = counts.tokens * work.token_flops + counts.sampled * work.head_flops
-    weights = np.maximum(flops / device.flops, work.weight_bytes / device.bandwidth)
-    prompts = counts.pairs * work.pair_flops / device.attention_flops
-    decoding = counts.reads * work.kv_bytes / device.kv_bandwidth
-    calls = counts.running * sum(work.attentions.values()) * device.call_seconds
-    return device.step_seconds + counts.running * device.sequence_seconds + weights + prompts + decoding + calls
+    return np.sum(list(step_parts(work, counts, device).values()), axis=0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,11 @@ class Measured:
 
     def predicted(self, device: Device) -> float:
         return float(step_seconds(self.work, self.counts, device).sum())
+
+    def shares(self, device: Device) -> dict[str, float]:
+        """Of the predicted time."""
+        parts = {name: float(part.sum()) for name, part in step_parts(self.work, self.counts, device).items()}
+        return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
 def calibrate(measured: list[Measured], start: Device) -> Device:
@@ -132,17 +143,6 @@ def calibrate(measured: list[Measured], start: Device) -> Device:
 
     solved = least_squares(misfit, origin)
     return device(solved.x).model_copy(update={"how": f"calibrated on {len(measured)} measured loads"})
-
-
-def check_fits(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int) -> None:
-    """Raises DataError if one request alone needs more blocks than there are."""
-    tokens = load.prompt_tokens + load.output_tokens
-    needed = layout.blocks(max(0, load.prompt_tokens - max_batched_tokens), tokens)
-    if needed > blocks - 1:
-        raise DataError(
-            f"one request of {tokens} tokens needs {needed} blocks of {layout.block_bytes:,} bytes, the cache has "
-            f"{blocks - 1}; give it more memory or shorten the request"
-        )
 
 
 __all__ = ["Counts", "Device", "Measured", "Prediction", "Work", "calibrate", "predict", "schedule", "step_seconds"]

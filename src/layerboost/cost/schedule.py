@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from layerboost.artifacts import Load
+from layerboost.errors import DataError
 from layerboost.vllm.kv import KVLayout
 
 
@@ -61,9 +62,7 @@ def schedule(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int)
     Raises:
         DataError: a request does not fit the cache alone.
     """
-    from layerboost.cost import check_fits
-
-    check_fits(layout, blocks, load, max_batched_tokens)
+    _check_fits(layout, blocks, load, max_batched_tokens)
     unsent, free = load.requests, blocks - 1
     waiting: deque[_Request] = deque()
     running: list[_Request] = []
@@ -111,6 +110,17 @@ def schedule(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int)
             running.remove(request)
         steps.append(step)
     return steps
+
+
+def _check_fits(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int) -> None:
+    """Raises DataError if one request alone needs more blocks than there are."""
+    tokens = load.prompt_tokens + load.output_tokens
+    needed = layout.blocks(max(0, load.prompt_tokens - max_batched_tokens), tokens)
+    if needed > blocks - 1:
+        raise DataError(
+            f"one request of {tokens} tokens needs {needed} blocks of {layout.block_bytes:,} bytes, the cache has "
+            f"{blocks - 1}; give it more memory or shorten the request"
+        )
 
 
 def _advance(step: Step, planned: list[tuple[_Request, int]], running: list[_Request]) -> None:

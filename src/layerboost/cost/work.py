@@ -1,6 +1,5 @@
 """What one token costs under a plan, counted from the configuration."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from layerboost.layer_plan import LayerPlan
 from layerboost.model.config import family_of, native_windows, stock_class
 from layerboost.model.families import anatomy_of
 from layerboost.model.mixers import HeadShape
+from layerboost.vllm.kv import layers_by_window
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,11 @@ def work_of(config: Any, layers: list[LayerPlan], dtype: torch.dtype) -> Work:
                 active += parameter.numel() * _share_of_experts(config, name)
     head = config.vocab_size * config.hidden_size
     shape = HeadShape.of(config)
-    native = native_windows(config)
-    attentions = Counter(
-        own if plan.window is None else plan.window
-        for plan, own in zip(layers, native, strict=True)
-        if plan.mixer != "no_attention"
-    )
     return Work(
         token_flops=2 * active,
         head_flops=2 * head,
         weight_bytes=(weights + head) * dtype.itemsize,
-        attentions=dict(attentions),
+        attentions=dict(layers_by_window(layers, native_windows(config))),
         pair_flops=4 * shape.heads * shape.head_dim,
         kv_bytes=2 * shape.groups * shape.head_dim * dtype.itemsize,
     )

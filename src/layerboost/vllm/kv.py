@@ -49,6 +49,15 @@ def _blocks(window: int | None, computed: int, upto: int, block_size: int) -> in
     return -(-upto // block_size) - gone
 
 
+def layers_by_window(layers: list[LayerPlan], native_windows: list[int | None]) -> Counter[int | None]:
+    """How many layers with a cache look how far back; None is everything."""
+    return Counter(
+        native if plan.window is None else plan.window
+        for plan, native in zip(layers, native_windows, strict=True)
+        if plan.mixer != "no_attention"
+    )
+
+
 def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_bytes: int, block_size: int) -> KVLayout:
     """vLLM's grouping (0.32, `_get_kv_cache_groups_uniform_page_size`).
 
@@ -59,11 +68,7 @@ def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_b
         PlanError: vLLM cannot run the plan.
     """
     check_servable(layers)
-    kinds = Counter(
-        native if plan.window is None else plan.window
-        for plan, native in zip(layers, native_windows, strict=True)
-        if plan.mixer != "no_attention"
-    )
+    kinds = layers_by_window(layers, native_windows)
     fewest, most = min(kinds.values()), max(kinds.values())
     size = most if most < 1.5 * fewest else fewest
     windows = tuple(window for window, count in kinds.items() for _ in range(-(-count // size)))

@@ -24,14 +24,10 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from layerboost.errors import CheckpointError, PlanError
 from layerboost.layer_plan import LayerPlan
-from layerboost.model import families
 from layerboost.model.config import family_of, layers_of, stock_class
-from layerboost.model.families import Anatomy, anatomy_of
+from layerboost.model.families import VERIFIED, Anatomy, anatomy_of
 from layerboost.model.mixers import MIXER
 from layerboost.vllm import check_servable
-
-# families that tests run on; others are served as they are found, and said to be unverified
-VERIFIED_ON_VLLM = families.VERIFIED
 
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3_text", "glm4")  # which vLLM itself refuses by the name that a hybrid changes
 _PREFIX = "LayerBoost"
@@ -63,7 +59,7 @@ def hybrid_class(stock: str) -> type[nn.Module]:
         family = family_of(config)
         if family in _NOT_IN_FLOAT16 and vllm_config.model_config.dtype == torch.float16:
             raise CheckpointError(f"{family} overflows in float16; use --dtype bfloat16 or float32")
-        if family not in VERIFIED_ON_VLLM:
+        if family not in VERIFIED:  # whose tests run on vLLM as well
             _logger.warning("LayerBoost has no tests of %s on vLLM; try it with `layerboost verify`", family)
         stock_model = _stock_model(config)
         anatomy = anatomy_of(stock_model.base_model)
