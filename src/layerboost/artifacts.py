@@ -31,6 +31,18 @@ class Record(pydantic.BaseModel):
     )
 
 
+def token_count(value: Any) -> Any:
+    """`200k` and `10M` as people write them."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "").replace(",", "")
+        factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
+        try:
+            return round(float(text[:-1] if factor > 1 else text) * factor)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{value!r} is not a number of tokens; write 200000, 200k or 10M") from None
+    return value
+
+
 class Artifact(Record):
     """A record with a file of its own.
 
@@ -114,13 +126,53 @@ class Damage(Record):
 
 
 class Candidate(Record):
+    """A mixer that was tried in a layer, and the damage it does, by metric."""
+
     mixer: MixerName
     window: int | None = None
+    sink: bool = False
+    variant: str | None = None
+    feature_map: str | None = None
     damage: dict[str, Damage]
 
     @property
     def plan(self) -> LayerPlan:
-        return LayerPlan(mixer=self.mixer, window=self.window)
+        return LayerPlan(self.mixer, self.window, self.sink, self.variant, self.feature_map)
+
+    @classmethod
+    def of(cls, plan: LayerPlan, damage: dict[str, Damage]) -> "Candidate":
+        return cls(
+            mixer=plan.mixer, window=plan.window, sink=plan.sink, variant=plan.variant, feature_map=plan.feature_map,
+            damage=damage,
+        )  # fmt: skip
+
+
+class Cost(Record):
+    """Of measuring: passes of all its tokens through the whole model, backward ones counted twice, and seconds."""
+
+    tokens: int
+    forwards: float
+    seconds: float
+
+
+class Resolution(Record):
+    """What the error bars say.
+
+    Attributes:
+        confidence: of every statement here.
+        weights: how metrics add up to the loss that layers are ranked by.
+        ranking: per mixer's label, layers with the largest loss first; those in one group cannot be told apart from
+            their neighbours in it.
+        kv_reduction, stability: share of resampled data on which the plan at this budget comes out the same.
+        stopped: why no more data was looked at, where that was asked for: `stable` or `token cap`.
+    """
+
+    confidence: float
+    weights: dict[str, float]
+    ranking: dict[str, list[list[int]]]
+    kv_reduction: float | None = None
+    stability: float | None = None
+    stopped: str | None = None
 
 
 class Sensitivity(Artifact):
@@ -129,11 +181,32 @@ class Sensitivity(Artifact):
     Attributes:
         layers: per layer, what was tried there instead of its attention.
         baseline: per metric, the untouched model's own value.
+        costs: what finding the metrics took, by their group.
+        resolution: which layers cannot be told apart, and whether the plan at a budget is stable.
     """
 
     model: ModelRecord
     layers: list[list[Candidate]]
     baseline: dict[str, Damage] = {}
+    costs: dict[str, Cost] = {}
+    resolution: Resolution | None = None
+
+
+class FrontPoint(Record):
+    """One of the best plans: no other that was looked at has less loss and less cache.
+
+    Attributes:
+        loss: nats; measured on the whole plan, or damages added up.
+        kv_share: of the base model's cache.
+        layers: every layer's mixer by its label.
+        chosen: whether it is the plan beside it.
+    """
+
+    loss: float
+    measured: bool
+    kv_share: float
+    layers: list[str]
+    chosen: bool = False
 
 
 class Plan(Artifact):
@@ -141,12 +214,16 @@ class Plan(Artifact):
 
     Attributes:
         predicted: what the planner expects: loss, KV share, receptive field.
+        measured: what the planner measured on the whole plan, and what finding it cost.
+        front: what other budgets would give.
     """
 
     layers: list[LayerPlan]
     model: ModelRecord | None = None
     planner: dict[str, Any] = {}
     predicted: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    front: list[FrontPoint] = []
 
 
 class CurvePoint(Record):
@@ -316,6 +393,78 @@ class Bench(Artifact):
 
     def median_seconds(self, model: str, phase: str) -> float:
         return statistics.median(self.seconds[model][phase])
+
+
+class Agreement(Record):
+    """How alike two rankings of layers are: Spearman's correlation, `rank.count` layers."""
+
+    metric: str
+    mixer: str
+    where: str
+    rank: Estimate
+
+
+class Transfer(Record):
+    """A plan made on one sensitivity, by another's damages: its loss, and that of the other's own plan, in nats."""
+
+    made_on: str
+    judged_on: str
+    kv_reduction: float
+    loss: float
+    own: float
+
+
+class Stability(Artifact):
+    """`stability.json`."""
+
+    probes: list[Agreement]
+    files: list[Agreement]
+    transfer: list[Transfer]
+
+
+class Trial(Artifact):
+    """One plan of one model, under one seed: before and after healing.
+
+    Attributes:
+        before, after: damages on the held-out split, per metric and sequence.
+    """
+
+    layers: list[str]
+    kv_share: float
+    before: dict[str, list[float]]
+    after: dict[str, list[float]]
+    healing_tokens: int
+
+
+class Entry(Record):
+    """One way of choosing a plan, on one model under one seed.
+
+    Attributes:
+        trial: the plan's, which other ways may have chosen as well; None where it found none.
+        loss, recall_lost: weighted held-out loss in nats and recall lost, `before` and `after` healing.
+        against: after healing, the default's loss less this one's, paired by sequence: negative where the default wins.
+        verdict: of the default: `wins`, `ties`, `loses`; `same plan`, or why there is no plan.
+        cost: of choosing, in forward passes over the data that analysis looks at.
+    """
+
+    model: str
+    seed: int
+    name: str
+    trial: str | None
+    plan: list[str] = []
+    kv_share: float | None = None
+    loss: dict[str, Estimate] = {}
+    recall_lost: dict[str, Estimate] = {}
+    against: dict[str, Estimate] = {}
+    verdict: dict[str, str] = {}
+    cost: float | None = None
+
+
+class Comparison(Artifact):
+    """`comparison.json`."""
+
+    default: str
+    entries: list[Entry]
 
 
 class Result(Artifact):

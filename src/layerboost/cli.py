@@ -13,7 +13,7 @@ from rich.table import Table
 
 from layerboost import __version__
 from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError, UsageError, VerificationError
-from layerboost.layer_plan import LayerPlan
+from layerboost.layer_plan import LayerPlan, short
 from layerboost.progress import say
 
 app = typer.Typer(
@@ -107,19 +107,38 @@ def _quiet() -> None:
 
 
 @verb
-def analyze(model: ModelArgument, out: OutFile, settings: Settings = None) -> None:
+def analyze(
+    model: ModelArgument,
+    out: OutFile,
+    settings: Settings = None,
+    until_resolved: Annotated[
+        bool, typer.Option("--until-resolved", help="More data until the plan at kv_reduction is stable.")
+    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Layers from disk, one at a time.")] = False,
+) -> None:
     """Measure the damage of removing or windowing each layer's attention."""
     _quiet()
     from layerboost import analyze as analyze_verb
     from layerboost.recipe import configured
 
-    found = analyze_verb.run(model, configured(analyze_verb.Config, settings or []), out=out)
+    flags = {key: True for key, given in (("until_resolved", until_resolved), ("stream", stream)) if given}
+    found = analyze_verb.run(model, configured(analyze_verb.Config, settings or [], flags), out=out)
     labels = sorted({c.plan.label: None for layer in found.layers for c in layer})
     table = Table("layer", *[f"{label}\ntext / recall KL" for label in labels])
     for index, layer in enumerate(found.layers):
         cells = {c.plan.label: f"{c.damage['text_kl'].mean:.3f} / {c.damage['recall_kl'].mean:.3f}" for c in layer}
         table.add_row(str(index), *[cells.get(label, "") for label in labels])
     _print(table)
+    resolution = found.resolution
+    if resolution is not None:
+        say(f"layers by loss, largest first; = joins what cannot be told apart at {resolution.confidence:.0%}:")
+        for label, groups in resolution.ranking.items():
+            say(f"  {label}: {' > '.join(' = '.join(map(str, group)) for group in groups)}")
+        if resolution.stopped:
+            say(
+                f"stopped: {resolution.stopped}; the plan at kv_reduction {resolution.kv_reduction} came out the same "
+                f"on {resolution.stability:.0%} of resampled data"
+            )
 
 
 @verb
@@ -127,23 +146,49 @@ def plan(
     sensitivity: Annotated[Path, typer.Argument(help="sensitivity.json, from analyze.", metavar="SENSITIVITY")],
     out: OutFile,
     settings: Settings = None,
-    planner: Annotated[str | None, typer.Option(help="budget (default), or tiers: the paper's rule.")] = None,
+    planner: Annotated[
+        str | None,
+        typer.Option(help="greedy (default with --model), milp (without), gates, tiers, uniform, periodic, random."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model, to measure whole plans on.", metavar="MODEL")] = None,
     kv_reduction: Annotated[float | None, typer.Option(help="Share of the KV cache to save, 0 to 1.")] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Most predicted loss, nats per token.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Most bytes of KV cache per token.")] = None,
+    full_layers: Annotated[int | None, typer.Option(help="Most layers that keep their attention.")] = None,
+    throughput: Annotated[float | None, typer.Option(help="Tokens per second over the base's, on --device.")] = None,
+    device: Annotated[str | None, typer.Option(help="What throughput is foretold on: h100, here, or a file.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Most loss, nats per token.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per sequence that the KV cache is counted for.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Whose cache is counted: transformers (default) or vllm.")] = None,
+    pilots: Annotated[int | None, typer.Option(help="Heal so many of the best plans briefly, and compare.")] = None,
 ) -> None:
     """Choose a mixer for every layer."""
+    _quiet()
     from layerboost import plan as plan_verb
+    from layerboost.pilot import heal_briefly
     from layerboost.recipe import configured
 
-    flags = {"planner": planner, "kv_reduction": kv_reduction, "max_loss": max_loss, "context": context}
+    flags = {
+        "planner": planner, "kv_reduction": kv_reduction, "kv_bytes": kv_bytes, "full_layers": full_layers,
+        "throughput": throughput, "device_profile": device, "max_loss": max_loss, "context": context, "engine": engine,
+        "pilots": pilots,
+    }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}
-    found = plan_verb.run(sensitivity, configured(plan_verb.Config, settings or [], given), out=out)
+    config = configured(plan_verb.Config, settings or [], given)
+    found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=heal_briefly)
     table = Table("layer", "mixer", "why")
     for index, layer in enumerate(found.layers):
         table.add_row(str(index), layer.label, layer.reason)
     _print(table)
+    front = Table("KV", "loss", "plan", title="what other budgets would give")
+    for point in found.front:
+        front.add_row(
+            f"{point.kv_share:.1%}", f"{point.loss:.4f}", " ".join(map(short, point.layers)),
+            style="bold" if point.chosen else None,
+        )  # fmt: skip
+    _print(front)
     say(f"predicted: {json.dumps(found.predicted)}")
+    if found.measured:
+        say(f"measured: {json.dumps(found.measured)}")
 
 
 @verb
@@ -261,6 +306,30 @@ def predict(
     else:
         raise UsageError("name a hybrid, an original and its --plan, or a known shape after --shape")
     _print(_prediction_table(found))
+
+
+@verb
+def compare(
+    job: Annotated[Path, typer.Argument(help="A YAML file; docs/compare.md has its keys.", metavar="JOB")],
+    out: OutFolder,
+) -> None:
+    """Compare every way of choosing layers and replacements, before and after the same healing."""
+    _quiet()
+    from layerboost import compare as compare_verb
+
+    compare_verb.run(compare_verb.load_job(job), out=out)
+    typer.echo((out / "comparison.md").read_text())
+
+
+@verb
+def stability(
+    sensitivities: Annotated[list[Path], typer.Argument(help="sensitivity.json files.", metavar="SENSITIVITY...")],
+    out: OutFile,
+) -> None:
+    """How well rankings of layers agree across probes, and across data, seeds, lengths and sizes of models."""
+    from layerboost import stability as stability_verb
+
+    typer.echo(stability_verb.run(sensitivities, out=out))
 
 
 @verb

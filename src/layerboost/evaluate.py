@@ -96,9 +96,9 @@ def run(
     students = {"base": base, "converted": converted, "healed": healed}
     rows = batch_rows(length, base_config.vocab_size, base_config.hidden_size, 1)
     with progress("evaluate", 3 * sum(-(-len(sequences) // rows) for sequences in data.values())) as advance:
-        quality = measure(base, students, data, rows, advance)
+        scores = measure(base, students, data, rows, advance)
     evaluation = Evaluation(
-        models=quality,
+        models={name: _quality(values) for name, values in scores.items()},
         completions=_completions(base, healed, data[TEXT], tokenizer, config),
         inputs=inputs(hybrid_folder, folder, config),
         provenance=provenance(
@@ -112,9 +112,13 @@ def run(
 
 
 def measure(
-    base: Any, students: dict[str, Any], data: dict[str, Sequences], rows: int, advance: Advance
-) -> dict[str, Quality]:
-    """Quality of every student against the base model, over the same sequences."""
+    base: Any, students: dict[str, Any], data: dict[str, Sequences], rows: int, advance: Advance = lambda *_, **__: None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Every student's per-sequence scores against the base model, such as `text.kl`, over the same sequences.
+
+    Raises:
+        CheckpointError: a model computes values that are not finite.
+    """
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in students}
     heads = {name: LogitsHead(student) for name, student in students.items()}
     base_head = LogitsHead(base)
@@ -125,17 +129,19 @@ def measure(
                 teacher = log_probabilities(scored_hidden(final_hidden(base, batch.tokens), scored), base_head)
             for name, student in students.items():
                 hidden = scored_hidden(final_hidden(student, batch.tokens), scored)
-                scores = token_scores(hidden, heads[name], teacher, targets).per_sequence(scored)
-                for metric, values in scores.items():
+                compared = token_scores(hidden, heads[name], teacher, targets)
+                for metric, values in compared.per_sequence(scored).items():
                     found[name].setdefault(f"{kind}.{metric}", []).append(values)
                 advance()
-    return {name: _quality({key: np.concatenate(p) for key, p in parts.items()}) for name, parts in found.items()}
+    scores = {name: {key: np.concatenate(p) for key, p in parts.items()} for name, parts in found.items()}
+    for name, by_metric in scores.items():
+        for metric, values in by_metric.items():
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"{name}: values that are not finite ({metric}); check its weights")
+    return scores
 
 
 def _quality(values: dict[str, np.ndarray]) -> Quality:
-    for name, part in values.items():
-        if not np.isfinite(part).all():
-            raise CheckpointError(f"a model computes values that are not finite ({name}); check its weights")
     recall = {probe: estimate(values[f"{probe}.hit"]) for probe in PROBES}
     # probes have equally many answers, so the mean over probes is the mean over the rows of all of them together
     recall["mean"] = estimate(np.stack([values[f"{probe}.hit"] for probe in PROBES]).mean(0))

@@ -109,6 +109,15 @@ class LayerPlan:
         return dataclasses.replace(self, reason=None) == dataclasses.replace(other, reason=None)
 
 
+_LETTERS = {"full_attention": "F", "sliding_attention": "W", "no_attention": "N", "linear_attention": ""}
+
+
+def short(label: str) -> str:
+    """`F`, `W64`, `N`, `lolcats/hedgehog16`."""
+    name, *rest = label.split()
+    return _LETTERS[name] + "".join(rest)
+
+
 def _meant(found: Any, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(found), list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

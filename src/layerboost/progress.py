@@ -1,5 +1,6 @@
 """Progress of long work: a bar with an ETA on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[..., None]
 _LINE_EVERY = 30.0  # seconds
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several, one speaks
 
 
 def say(line: str) -> None:

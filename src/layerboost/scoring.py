@@ -28,15 +28,22 @@ class TokenScores:
     kl: Tensor
 
     def per_sequence(self, scored: Tensor) -> dict[str, np.ndarray]:
-        """Means over each sequence's scored tokens, `[N]`, for `scored` of shape `[N, T]`."""
+        """Means over each sequence's scored tokens, `[N]`, for `scored` of shape `[N, T]`.
+
+        `lead` is the share of them before the first that is not the likeliest: how far a greedy completion follows.
+        """
         scored = scored.cpu()
         rows = scored[:, 1:].nonzero()[:, 0]
-        count = torch.bincount(rows, minlength=scored.shape[0]).clamp(min=1)
+        count = torch.bincount(rows, minlength=scored.shape[0])
+        missed = torch.cumsum(1 - self.hit.cpu().long(), 0)
+        before = torch.cat([torch.zeros(1, dtype=torch.long), missed])[torch.cumsum(count, 0) - count]
+        lead = missed == before[rows]
         return {
             name: (
-                torch.zeros(scored.shape[0], dtype=torch.float64).index_add_(0, rows, values.cpu().double()) / count
+                torch.zeros(scored.shape[0], dtype=torch.float64).index_add_(0, rows, values.cpu().double())
+                / count.clamp(min=1)
             ).numpy()
-            for name, values in (("nll", self.nll), ("hit", self.hit), ("kl", self.kl))
+            for name, values in (("nll", self.nll), ("hit", self.hit), ("kl", self.kl), ("lead", lead))
         }
 
 

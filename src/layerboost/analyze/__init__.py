@@ -5,23 +5,34 @@ attention is often one that looks only a few tokens back.
 """
 
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from layerboost.analyze.prefix import Prefix, capture, suffix
-from layerboost.artifacts import Candidate, Damage, ModelRecord, Sensitivity, save
-from layerboost.data.corpus import open_corpus
-from layerboost.data.probes import PROBES
-from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
+from layerboost.analyze.estimators import estimate_layers
+from layerboost.analyze.looking import Looking
+from layerboost.artifacts import (
+    Candidate,
+    Cost,
+    Damage,
+    ModelRecord,
+    Resolution,
+    Sensitivity,
+    file_digest,
+    save,
+    token_count,
+)
+from layerboost.damage import DEFAULT_WEIGHTS, damages, levels, ranking, resampled_losses
+from layerboost.data.samples import TEXT, DataConfig, data_inputs
 from layerboost.data.sequences import Sequences
-from layerboost.errors import CheckpointError
-from layerboost.layer_plan import LayerPlan
-from layerboost.model.hybrid import Hybrid, LogitsHead
+from layerboost.errors import CheckpointError, UsageError
+from layerboost.knapsack import options, solve
+from layerboost.layer_plan import KEEP, LayerPlan, full_plan
+from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import (
     describe,
     find_model,
@@ -30,16 +41,17 @@ from layerboost.model.loading import (
     pick_device,
     read_config,
 )
+from layerboost.model.streaming import stream_original
+from layerboost.passes import Scorer, ranks
 from layerboost.progress import progress, say
 from layerboost.provenance import provenance
-from layerboost.scoring import (
-    batch_rows,
-    estimate,
-    log_probabilities,
-    scored_hidden,
-    scored_targets,
-    token_scores,
-)
+from layerboost.scoring import batch_rows, estimate
+from layerboost.tasks import task_scores
+
+ESTIMATOR = Literal["cosine", "taylor", "reconstruction", "attention_mass"]
+BENCHMARKS = "benchmarks"
+_STABILITY_RESAMPLES = 100
+_DEFAULT_KV_REDUCTION = 0.5
 
 
 class Config(DataConfig):
@@ -48,29 +60,62 @@ class Config(DataConfig):
     Attributes:
         windows: window sizes to try in every layer, in tokens; removal is always tried. None is two sizes that suit the
             model's context: 16 and 64 at 1,024 tokens, 64 and 512 from 8,192.
+        mixers: further mixers to try in every layer, as a plan's entries.
         texts: sequences of text.
-        answers: sequences of each recall probe.
+        answers: sequences of each recall probe and distance.
         length: tokens per sequence.
-        distance: fewest tokens between an answer and its source; None is half the length.
+        distance: fewest tokens between an answer and its source, or several; None is half the length.
+        long_answers, long_length: questions about what stands in long prompts, and their length in tokens; None is
+            four times `length`, as far as the context allows.
+        generations, new_tokens: greedy completions by the original, and their length, that others have to follow.
+        prompts: JSON lines with `text`, or `prompt` and `answer`, of a user's own.
+        tasks: lm-eval tasks; `task_limit` documents of each, `task_folder` with further task files.
+        estimators: cheap one-pass estimates to set beside the measured damage.
+        confidence: of intervals and of what is called different.
+        weights: how damages add up to the loss that layers are ranked by.
+        until_resolved: look at more data until the plan at `kv_reduction` is stable, or `max_tokens` were looked at.
+        stream: read layers from disk one after the other, for models larger than memory.
     """
 
     windows: list[Annotated[int, Field(ge=1)]] | None = None
+    mixers: list[LayerPlan] = Field([])
     texts: int = Field(32, ge=2)
     answers: int = Field(64, ge=2)
     length: int = Field(256, ge=64)
-    distance: int | None = Field(None, ge=1)
+    distance: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = (
+        None
+    )
+    long_answers: int = Field(0, ge=0)
+    long_length: int | None = Field(None, ge=64)
+    generations: int = Field(0, ge=0)
+    new_tokens: int = Field(16, ge=1)
+    prompts: Path | None = None
+    tasks: list[str] = Field([])
+    task_limit: int | None = Field(100, ge=2)
+    task_folder: Path | None = None
+    estimators: list[ESTIMATOR] = Field(list(get_args(ESTIMATOR)))
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
+    until_resolved: bool = False
+    kv_reduction: float | None = Field(None, ge=0, le=1)
+    max_tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
+    stream: bool = False
 
 
 def inputs(model: ModelRecord, folder: Path, config: Config) -> dict[str, str]:
     """Digests of all that decides what comes out."""
-    return {
-        "model": model.digest,
-        **data_inputs(folder, config),
-    }
+    found = {"model": model.digest, **data_inputs(folder, config)}
+    if config.prompts is not None:
+        found["prompts"] = file_digest(config.prompts)
+    if config.task_folder is not None:
+        found |= {f"task {path.name}": file_digest(path) for path in sorted(config.task_folder.rglob("*.yaml"))}
+    return found
 
 
 def run(model: str | Path, config: Config | None = None, *, out: Path | None = None) -> Sensitivity:
     """Measure a model's sensitivity, on the train split alone.
+
+    Several processes, started by torchrun or `accelerate launch`, share the candidates; the first writes the file.
 
     Args:
         model: folder or hub id of a base model.
@@ -79,42 +124,52 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
     Raises:
         CheckpointError: the model cannot be read, or computes values that are not finite.
         DataError: too little text, or a distance within reach of a window.
+        UsageError: settings that exclude one another, or an unknown task.
     """
     config = config or Config()
+    if config.stream and (config.tasks or config.generations):
+        raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
     device = pick_device(config.device)
-    loaded = load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
-    tokenizer = load_tokenizer(folder)
+    dtype = torch.float32 if device == "cpu" else None
+    loaded, resident = (
+        stream_original(folder, dtype=dtype, device=device)
+        if config.stream
+        else (load_original(folder, dtype=dtype, device=device), None)
+    )
     windows = default_windows(record.context) if config.windows is None else config.windows
-    candidates = candidates_for(record, windows)
-    length, distance = probe_lengths(config.length, config.distance, windows, record.context)
-    if length != config.length:
-        say(f"probes are {length} tokens long instead of {config.length}, so that no window reaches their answers")
-    corpus = open_corpus(config.text)
-    data = samples(
-        corpus, tokenizer, loaded.config.vocab_size, split="train", texts=config.texts, answers=config.answers,
-        length=length, distance=distance, seed=config.seed,
-    )  # fmt: skip
-    started = time.monotonic()
-    scores = {key: _metrics(raw) for key, raw in measure(loaded, data, candidates).items()}
+    candidates = candidates_for(record, windows, config.mixers)
+    looking = Looking(loaded, load_tokenizer(folder), config, windows)
+    plans = [full_plan(record.num_layers), *one_changed(candidates)]
+    found: list[Metrics] = [{} for _ in plans]
+    tokens, turn = 0, 0
+    costs: dict[str, Cost] = {}
+    resolution: Resolution | None = None
+    while resolution is None or (config.until_resolved and resolution.stopped is None):
+        started = time.monotonic()
+        data = looking.data(turn)
+        scorer = Scorer(loaded, data, resident)
+        with progress("analyze", scorer.steps(len(plans))) as advance:
+            _extend(found, _damages(scorer(plans, advance)))
+        tokens += scorer.tokens
+        _add_cost(costs, "measured", Cost(tokens=scorer.tokens, forwards=scorer.forwards, seconds=_since(started)))
+        if turn == 0:
+            _extend(found, _once(loaded, looking, data[TEXT], candidates, plans, costs))
+        layers = _table(found[1:], candidates)
+        draft = Sensitivity(model=record, layers=layers)
+        resolution = _resolve(draft, config, looking.context, room=tokens + scorer.tokens <= config.max_tokens)
+        turn += 1
     sensitivity = Sensitivity(
-        model=record,
-        layers=[
-            [
-                Candidate(mixer=plan.mixer, window=plan.window, damage=_damage(scores[None], scores[layer, n]))
-                for n, plan in enumerate(tried)
-            ]
-            for layer, tried in enumerate(candidates)
-        ],
-        baseline=_baseline(scores[None]),
-        inputs=inputs(record, folder, config),
+        model=record, layers=layers, baseline={metric: _summary(v) for metric, v in found[0].items()}, costs=costs,
+        resolution=resolution, inputs=inputs(record, folder, config),
         provenance=provenance(
-            config=config, length=length, distance=distance, corpus=corpus.name, corpus_digest=corpus.digest,
-            seconds=round(time.monotonic() - started, 1),
+            config, length=looking.length, distance=looking.distances, corpus=looking.corpus.name,
+            corpus_digest=looking.corpus.digest, tokens=tokens,
+            seconds=round(sum(c.seconds for c in costs.values()), 1),
         ),
     )  # fmt: skip
-    if out is not None:
+    if out is not None and ranks()[0] == 0:
         save(sensitivity, out)
     return sensitivity
 
@@ -124,81 +179,107 @@ def default_windows(context: int) -> list[int]:
     return sorted({min(max(context // 64, 16), 64), min(max(context // 16, 16), 512)})
 
 
-def candidates_for(model: ModelRecord, windows: list[int]) -> list[list[LayerPlan]]:
-    """Per layer: removal, and each window that is narrower than what the layer sees anyway."""
+def candidates_for(model: ModelRecord, windows: list[int], mixers: Sequence[LayerPlan] = ()) -> list[list[LayerPlan]]:
+    """Per layer: removal, and each window that is narrower than what the layer sees anyway; then further mixers.
+
+    Raises:
+        UsageError: a further mixer is there already, or keeps the layer as it is.
+    """
+    tried = [LayerPlan("no_attention"), *(LayerPlan("sliding_attention", w) for w in sorted(set(windows)))]
+    for mixer in mixers:
+        if mixer.mixer == "full_attention" or any(mixer.alike(other) for other in tried):
+            raise UsageError(f"mixers: {mixer.label} is tried anyway; leave it out")
+        tried.append(mixer)
     return [
-        [LayerPlan(mixer="no_attention")]
-        + [
-            LayerPlan(mixer="sliding_attention", window=window)
-            for window in sorted(set(windows))
-            if native is None or window < native
-        ]
+        [plan for plan in tried if plan.window is None or native is None or plan.window < native]
         for native in model.native_windows
     ]
 
 
-PerSequence = dict[str, np.ndarray]
-Key = tuple[int, int] | None  # layer and candidate; None is the untouched model
+def one_changed(candidates: list[list[LayerPlan]]) -> list[list[LayerPlan]]:
+    """For every layer and candidate, the plan that changes that layer alone."""
+    return [
+        [plan if i == layer else KEEP for i in range(len(candidates))]
+        for layer, tried in enumerate(candidates)
+        for plan in tried
+    ]
 
 
-def measure(model: Hybrid, data: dict[str, Sequences], candidates: list[list[LayerPlan]]) -> dict[Key, PerSequence]:
-    """Per-sequence metrics of the untouched model and of every candidate, such as `text.nll` and `copy.hit`.
+Metrics = dict[str, np.ndarray]  # per sequence
 
-    Raises:
-        CheckpointError: the model computes values that are not finite.
+
+def _damages(scores: list[Metrics]) -> list[Metrics]:
+    """Of every plan, and in place of the untouched model's its own values."""
+    return [levels(scores[0]), *(damages(scores[0], changed) for changed in scores[1:])]
+
+
+def _extend(found: list[Metrics], more: list[Metrics]) -> None:
+    for known, new in zip(found, more, strict=True):
+        for metric, values in new.items():
+            known[metric] = np.concatenate([known[metric], values]) if metric in known else values
+
+
+def _add_cost(costs: dict[str, Cost], name: str, cost: Cost) -> None:
+    known = costs.get(name)
+    if known is not None:
+        cost = Cost(
+            tokens=known.tokens + cost.tokens, forwards=known.forwards + cost.forwards,
+            seconds=known.seconds + cost.seconds,
+        )  # fmt: skip
+    costs[name] = cost
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
+
+
+def _once(
+    model: Hybrid, looking: "Looking", text: Sequences, candidates: list[list[LayerPlan]], plans: list[list[LayerPlan]],
+    costs: dict[str, Cost],
+) -> list[Metrics]:  # fmt: skip
+    """Cheap estimates and benchmark tasks, which more data would not make better."""
+    config = looking.config
+    found: list[Metrics] = [{} for _ in plans]
+    if config.estimators and not config.stream:
+        length, hidden = text.tokens.shape[1], model.config.hidden_size
+        rows = batch_rows(length, model.config.vocab_size, hidden, 4 * len(candidates))  # all layers are held at once
+        values, took = estimate_layers(model, text, candidates, config.estimators, rows)
+        costs |= took
+        places = [(layer, n) for layer, tried in enumerate(candidates) for n in range(len(tried))]
+        for name, by_place in values.items():
+            for place, metrics in zip(places, found[1:], strict=True):
+                metrics[name] = by_place[place]
+    if config.tasks:
+        started = time.monotonic()
+        with progress("tasks", len(plans)) as advance:
+            scores, forwards = task_scores(
+                model, looking.tokenizer, plans, config.tasks, limit=config.task_limit, folder=config.task_folder,
+                advance=advance,
+            )  # fmt: skip
+        documents = sum(len(values) for values in scores[0].values())
+        costs["tasks"] = Cost(tokens=documents, forwards=forwards, seconds=_since(started))
+        for n, metrics in enumerate(found):
+            for task, own in scores[n].items():
+                metrics[f"task:{task}"] = own if n == 0 else scores[0][task] - own
+            metrics[BENCHMARKS] = _average([metrics[f"task:{task}"] for task in scores[n]])
+    return found
+
+
+def _average(tasks: list[np.ndarray]) -> np.ndarray:
+    """Every task counts the same, however many documents it has: their mean is the mean of the tasks' means.
+
+    Source: arXiv 2604.22050, equation 3.
     """
-    config = model.config
-    length = next(iter(data.values())).tokens.shape[1]
-    rows = batch_rows(length, config.vocab_size, config.hidden_size, len(candidates))
-    parts: dict[Key, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    head = LogitsHead(model)
-    batches = [(kind, batch) for kind, sequences in data.items() for batch in sequences.batches(rows)]
-    with progress("analyze", len(batches) * (1 + sum(map(len, candidates)))) as advance:
-        for kind, batch in batches:
-            prefix = capture(model, batch.tokens)
-            for key, scores in _score(model, head, prefix, batch, candidates):
-                for metric, values in scores.per_sequence(batch.scored).items():
-                    parts[key][f"{kind}.{metric}"].append(values)
-                advance()
-    return {key: {name: np.concatenate(p) for name, p in found.items()} for key, found in parts.items()}
+    documents = sum(map(len, tasks))
+    return np.concatenate([values * documents / (len(tasks) * len(values)) for values in tasks])
 
 
-def _score(model: Hybrid, head: LogitsHead, prefix: Prefix, batch: Sequences, candidates: list[list[LayerPlan]]) -> Any:
-    scored, targets = batch.scored.to(model.device), scored_targets(batch).to(model.device)
-    teacher = log_probabilities(scored_hidden(prefix.final, scored), head)
-    if not torch.isfinite(teacher).all():
-        raise CheckpointError("the model computes logits that are not finite; check its weights")
-    yield None, token_scores(scored_hidden(prefix.final, scored), head, teacher, targets)
-    for layer, tried in enumerate(candidates):
-        for n, plan in enumerate(tried):
-            hidden = scored_hidden(suffix(model, prefix, layer, plan), scored)
-            yield (layer, n), token_scores(hidden, head, teacher, targets)
-
-
-def _metrics(raw: PerSequence) -> PerSequence:
-    """`text_*` over text, `recall_*` over all probes' answers, and every probe's accuracy under its own name."""
-    found = {"text_nll": raw[f"{TEXT}.nll"], "text_kl": raw[f"{TEXT}.kl"]}
-    for metric in ("nll", "kl"):
-        found[f"recall_{metric}"] = np.concatenate([raw[f"{probe}.{metric}"] for probe in PROBES])
-    return found | {probe: raw[f"{probe}.hit"] for probe in PROBES}
-
-
-def _damage(base: PerSequence, changed: PerSequence) -> dict[str, Damage]:
-    """What got worse: KL, growth of the NLL, and accuracy lost."""
-    damage = {}
-    for metric, values in changed.items():
-        if metric.endswith("_kl"):
-            worse = values
-        elif metric.endswith("_nll"):
-            worse = values - base[metric]
-        else:
-            worse = base[metric] - values
-        damage[metric] = _summary(worse)
-    return damage
-
-
-def _baseline(base: PerSequence) -> dict[str, Damage]:
-    return {metric: _summary(values) for metric, values in base.items() if not metric.endswith("_kl")}
+def _table(found: list[Metrics], candidates: list[list[LayerPlan]]) -> list[list[Candidate]]:
+    metrics = iter(found)
+    return [
+        [Candidate.of(plan, {name: _summary(values) for name, values in next(metrics).items()}) for plan in tried]
+        for tried in candidates
+    ]
 
 
 def _summary(values: np.ndarray) -> Damage:
@@ -207,3 +288,33 @@ def _summary(values: np.ndarray) -> Damage:
     rounded = np.round(values, 6)
     found = estimate(rounded)
     return Damage(mean=found.mean, low=found.low, high=found.high, per_sequence=rounded.tolist())
+
+
+def _resolve(sensitivity: Sensitivity, config: Config, context: int, room: bool) -> Resolution:
+    """What can be told apart, and with `until_resolved` whether to stop."""
+    weights, confidence = config.weights, config.confidence
+    kv_reduction = config.kv_reduction
+    if config.until_resolved and kv_reduction is None:
+        kv_reduction = _DEFAULT_KV_REDUCTION
+    stability = None if kv_reduction is None else plan_stability(sensitivity, weights, context, kv_reduction)
+    stopped = None
+    if config.until_resolved and stability is not None:
+        stopped = "stable" if stability >= confidence else None if room else "token cap"
+        say(f"the plan comes out the same on {stability:.0%} of resampled data{', ' + stopped if stopped else ''}")
+    return Resolution(
+        confidence=confidence, weights=weights, ranking=ranking(sensitivity, weights, confidence),
+        kv_reduction=kv_reduction, stability=stability, stopped=stopped,
+    )  # fmt: skip
+
+
+def plan_stability(sensitivity: Sensitivity, weights: dict[str, float], context: int, kv_reduction: float) -> float:
+    """Share of resampled data on which the additive plan at this budget is the one that all data give."""
+    losses = resampled_losses(sensitivity, weights, _STABILITY_RESAMPLES)
+    count = sensitivity.model.num_layers
+
+    def plan(own: list[Any] | None) -> list[LayerPlan] | None:
+        return solve(options(sensitivity, context, weights, own), count, minimise="loss", kv=1 - kv_reduction)
+
+    chosen = plan(None)
+    same = [plan([np.maximum(layer[:, r], 0.0) for layer in losses]) == chosen for r in range(_STABILITY_RESAMPLES)]
+    return float(np.mean(same))

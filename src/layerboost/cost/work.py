@@ -33,32 +33,58 @@ class Work:
     kv_bytes: float
 
 
-def work_of(config: Any, layers: list[LayerPlan], dtype: torch.dtype) -> Work:
-    """Args:
-    config: of the base model.
-    dtype: of weights and cache.
+class Workload:
+    """Counts a model's work once, and then that of any plan of it.
+
+    Args:
+        config: of the base model.
+        dtype: of weights and cache.
     """
-    with torch.device("meta"):
-        model = stock_class(family_of(config))(config)
-    anatomy = anatomy_of(model.base_model)
-    stack = getattr(model.base_model, anatomy.layers)
-    weights, active = 0, 0.0
-    for layer, plan in zip(stack, layers, strict=True):
-        removed = (anatomy.attention, *anatomy.norms) if plan.mixer == "no_attention" else ()
-        for name, parameter in layer.named_parameters():
-            if name.split(".")[0] not in removed:
-                weights += parameter.numel()
-                active += parameter.numel() * _share_of_experts(config, name)
-    head = config.vocab_size * config.hidden_size
-    shape = HeadShape.of(config)
-    return Work(
-        token_flops=2 * active,
-        head_flops=2 * head,
-        weight_bytes=(weights + head) * dtype.itemsize,
-        attentions=dict(layers_by_window(layers, native_windows(config))),
-        pair_flops=4 * shape.heads * shape.head_dim,
-        kv_bytes=2 * shape.groups * shape.head_dim * dtype.itemsize,
-    )
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            model = stock_class(family_of(config))(config)
+        anatomy = anatomy_of(model.base_model)
+        removed = (anatomy.attention, *anatomy.norms)
+        self.config, self.dtype = config, dtype
+        self.native_windows = native_windows(config)
+        self.shape = HeadShape.of(config)
+        # per layer: all weights and those that a token meets, of what stays without attention and of the attention
+        self.layers = [
+            [_weights(config, layer, removed, inside) for inside in (False, True)]
+            for layer in getattr(model.base_model, anatomy.layers)
+        ]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.shape.groups * self.shape.head_dim * self.dtype.itemsize
+
+    def under(self, layers: list[LayerPlan]) -> Work:
+        weights, active = 0, 0.0
+        for (rest, attention), plan in zip(self.layers, layers, strict=True):
+            kept = (rest,) if plan.mixer == "no_attention" else (rest, attention)
+            weights += sum(found[0] for found in kept)
+            active += sum(found[1] for found in kept)
+        head = self.config.vocab_size * self.config.hidden_size
+        return Work(
+            token_flops=2 * active,
+            head_flops=2 * head,
+            weight_bytes=(weights + head) * self.dtype.itemsize,
+            attentions=dict(layers_by_window(layers, self.native_windows)),
+            pair_flops=4 * self.shape.heads * self.shape.head_dim,
+            kv_bytes=self.layer_bytes,
+        )
+
+
+def work_of(config: Any, layers: list[LayerPlan], dtype: torch.dtype) -> Work:
+    """The work of one plan."""
+    return Workload(config, dtype).under(layers)
+
+
+def _weights(config: Any, layer: Any, removed: tuple[str, ...], inside: bool) -> tuple[int, float]:
+    found = [(n, p.numel()) for n, p in layer.named_parameters() if (n.split(".")[0] in removed) == inside]
+    return sum(count for _, count in found), sum(count * _share_of_experts(config, name) for name, count in found)
 
 
 def _share_of_experts(config: Any, name: str) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BeforeValidator, Field
 
-from layerboost.artifacts import Healing, check_output_folder, lock, to_json
+from layerboost.artifacts import Healing, check_output_folder, lock, to_json, token_count
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
 from layerboost.errors import CheckpointError, DataError
@@ -29,18 +29,6 @@ from layerboost.model.mixers import MIXER
 from layerboost.model.saving import save_hybrid
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
-
-
-def token_count(value: Any) -> Any:
-    """`200k` and `10M` as people write them."""
-    if isinstance(value, str):
-        text = value.strip().replace("_", "").replace(",", "")
-        factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
-        try:
-            return round(float(text[:-1] if factor > 1 else text) * factor)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{value!r} is not a number of tokens; write 200000, 200k or 10M") from None
-    return value
 
 
 class Config(DataConfig):

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -256,13 +256,18 @@ def load_original(folder: Path, *, dtype: torch.dtype | None = None, device: str
         CheckpointError: not a whole, finite checkpoint of a supported family, a hybrid already, or of a family without
             contract tests and not converted faithfully when tried.
     """
+    config = original_config(folder)
+    model = _load(model_class(family_of(config)), config, folder, dtype, device)
+    check_faithful(model)
+    return model
+
+
+def original_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a base model as a hybrid that keeps everything; raises CheckpointError for a hybrid."""
     config = read_config(folder)
     if is_hybrid(config):
         raise CheckpointError(f"{folder} is a hybrid already; name the original model")
-    wanted = hybrid_config(config, full_plan(config.num_hidden_layers))
-    model = _load(model_class(family_of(config)), wanted, folder, dtype, device)
-    check_faithful(model)
-    return model
+    return hybrid_config(config, full_plan(config.num_hidden_layers))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
@@ -276,21 +281,37 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
 
 def _load(kind: Any, config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, device: str) -> Any:
     weight_files(folder)
-    try:
+    with loadable(folder, config):
         model, info = kind.from_pretrained(
             folder, config=config, dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-            attn_implementation="eager" if has_soft_cap(config) else None,
+            ignore_mismatched_sizes=True, output_loading_info=True, attn_implementation=implementation(config),
         )  # fmt: skip
         check_tensors(info, folder)
+    check_finite(model.named_parameters(), folder)
+    return model.to(device).eval()
+
+
+def implementation(config: PreTrainedConfig) -> str | None:
+    """The attention implementation to load a model with; None is transformers' choice."""
+    return "eager" if has_soft_cap(config) else None
+
+
+@contextlib.contextmanager
+def loadable(folder: Path, config: PreTrainedConfig) -> Iterator[None]:
+    """Whatever a family's code runs into on files that it was not made for, said in one line."""
+    try:
+        yield
     except CheckpointError:
         raise
-    except Exception as trouble:  # whatever a family's code runs into on files it was not made for
+    except Exception as trouble:
         raise CheckpointError(f"{folder} cannot be loaded as {config.model_type}: {_line(trouble)}") from None
-    for name, tensor in model.named_parameters():
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Raises CheckpointError for the first of these named tensors that is not finite."""
+    for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: tensor {name} holds values that are not finite; fetch the model again")
-    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,19 +1,39 @@
-"""plan: which layers keep softmax attention, get a window, or lose attention, for a stated budget?"""
+"""plan: which layers keep softmax attention, get a window, or lose attention, for a stated budget?
 
+A planner is a function of sensitivity, cost and budget (`milp`, `tiers`, `patterns`), or measures the model as well
+(`greedy`, `gates`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
-from layerboost.artifacts import Plan, Record, Sensitivity, load, save, text_digest
+from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest
+from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, predicted_loss, reason
+from layerboost.data.corpus import open_corpus
+from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples
+from layerboost.data.sequences import Sequences
 from layerboost.errors import PlanError
-from layerboost.layer_plan import LayerPlan
-from layerboost.plan.budget import plan_budget
-from layerboost.plan.losses import LOSSES, predicted_loss
+from layerboost.layer_plan import KEEP, LayerPlan, full_plan, short
+from layerboost.model.hybrid import Hybrid
+from layerboost.model.loading import describe, find_model, load_original, load_tokenizer, pick_device, read_config
+from layerboost.passes import Scorer, ranks
+from layerboost.plan.budget import DEFAULT_KV_REDUCTION, Budget
+from layerboost.plan.gates import gate_losses, learn_gates
+from layerboost.plan.greedy import Search
+from layerboost.plan.milp import plan_milp
+from layerboost.plan.patterns import plan_periodic, plan_random, plan_uniform
 from layerboost.plan.tiers import plan_tiers
+from layerboost.progress import progress, say
 from layerboost.provenance import provenance
 
-_LONGEST_DEFAULT = 4_096
+PLANNER = Literal["greedy", "milp", "gates", "tiers", "uniform", "periodic", "random"]
+_FRONT_POINTS = 24
 
 
 class AtLeast(Record):
@@ -30,8 +50,8 @@ class Tiers(Record):
     Attributes:
         score: which damage of removing attention ranks the layers.
         full, sliding: how many layers keep softmax, and how many of the next get a window; the rest lose attention.
-        keep_above, remove_below: the same as thresholds on the score; give either counts or thresholds.
-        window: of the middle tier; None is the widest that was measured.
+        keep_above, remove_below: the same as thresholds on the score. With neither, the budget decides.
+        window: of the middle tier; None is the widest that was measured, or with a budget the best of them.
     """
 
     score: str = "recall_kl"
@@ -42,70 +62,333 @@ class Tiers(Record):
     window: int | None = Field(None, ge=1)
 
 
-class Config(Record):
+class Measuring(Record):
+    """What planners that measure the model look at, and how much.
+
+    Attributes:
+        texts, answers: sequences of text of the train split, and of each recall probe.
+        length, distance: of them, as for `analyze`.
+        naive_passes: most that `greedy` may cost, in passes of 1 + layers x mixers forwards.
+        steps, batch, learning_rate: of learning `gates`; rows of text and of probes per step.
+    """
+
+    texts: int = Field(32, ge=2)
+    answers: int = Field(32, ge=2)
+    length: int = Field(256, ge=64)
+    distance: int | None = Field(None, ge=1)
+    naive_passes: float = Field(5.0, gt=0)
+    steps: int = Field(100, ge=1)
+    batch: int = Field(4, ge=1)
+    learning_rate: float = Field(0.1, gt=0)
+
+
+class Config(DataConfig):
     """What `plan` is told.
 
     Attributes:
-        planner: `budget` minimises predicted loss under the budget; `tiers` is the paper's rule.
-        kv_reduction: share of the KV cache to save, for one sequence of `context` tokens. With neither budget, 0.5.
-        max_loss: most predicted loss, in nats per token.
+        planner: None is `greedy` where the model is at hand, and `milp` elsewhere.
+        kv_reduction: share of the KV cache to save, for one sequence of `context` tokens. Without any budget, 0.5.
+        kv_bytes: most bytes of KV cache per token of such a sequence.
+        full_layers: most layers that keep their attention.
+        throughput: output tokens per second over the base model's, foretold on `device_profile` under `concurrency`
+            requests of `prompt_tokens` and `output_tokens`, in `kv_memory` bytes (None: what the weights leave).
+        max_loss: most loss, in nats per token; alone, as much cache is saved as it allows.
         context: tokens; None is the model's context, at most 4,096.
+        engine: whose cache is counted: what a sequence holds, or with vLLM's blocks of `block_size` and padded groups.
         at_least: fewest layers of each mixer.
-        weights: how the damages add up to one loss.
+        weights: how damages add up to one loss.
+        mixer: what `uniform` and `periodic` put in the place of attention; None is the widest window that fits.
+        pilots, pilot_tokens: heal so many of the best plans for so many tokens, and take the one that does best on the
+            validation split.
     """
 
-    planner: Literal["budget", "tiers"] = "budget"
+    planner: PLANNER | None = None
     kv_reduction: float | None = Field(None, ge=0, le=1)
+    kv_bytes: float | None = Field(None, ge=0)
+    full_layers: int | None = Field(None, ge=0)
+    throughput: float | None = Field(None, gt=0)
     max_loss: float | None = Field(None, ge=0)
     context: int | None = Field(None, ge=2)
+    engine: Literal["transformers", "vllm"] = "transformers"
+    block_size: int | None = Field(None, ge=1)
+    device_profile: str = "h100"
+    concurrency: int = Field(200, ge=1)
+    prompt_tokens: int = Field(1_024, ge=1)
+    output_tokens: int = Field(256, ge=1)
+    kv_memory: int | None = Field(None, ge=1)
     at_least: AtLeast = AtLeast()
-    weights: dict[LOSSES, float] = Field({"text_kl": 0.6, "recall_kl": 0.4}, min_length=1)
+    weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
     tiers: Tiers = Tiers()
+    mixer: LayerPlan | None = None
+    measuring: Measuring = Measuring()
+    pilots: int = Field(0, ge=0)
+    pilot_tokens: int = Field(50_000, ge=1)
+
+    @property
+    def has_budget(self) -> bool:
+        limits = (self.kv_reduction, self.kv_bytes, self.full_layers, self.throughput, self.max_loss)
+        return any(limit is not None for limit in limits)
 
 
-def inputs(sensitivity: Sensitivity, config: Config) -> dict[str, str]:
+# heals plans of a model for so many tokens and returns the loss of each on the validation split
+Pilot = Callable[[Path, Sequence[list[LayerPlan]], Config], list[float]]
+
+
+def inputs(sensitivity: Sensitivity, config: Config, model: Path | None = None) -> dict[str, str]:
     """Digests of all that decides what comes out."""
-    return {
-        "sensitivity": text_digest(sensitivity.model_dump(mode="json", exclude={"provenance"})),
-        "settings": text_digest(config.model_dump(mode="json")),
+    found = {
+        "sensitivity": text_digest(sensitivity.model_dump(mode="json", exclude={"provenance", "costs"})),
+        "settings": text_digest(config.model_dump(mode="json", exclude={"device", "text"})),
     }
+    if model is not None:
+        found |= {key: value for key, value in data_inputs(model, config).items() if key != "settings"}
+    return found
 
 
-def run(sensitivity: Sensitivity | Path, config: Config | None = None, *, out: Path | None = None) -> Plan:
+@dataclass
+class Found:
+    """What a planner came up with.
+
+    Attributes:
+        layers: the plan.
+        others: further good plans, along the front or at the budget.
+        losses: measured losses of whole plans, by their labels.
+        cost: of measuring.
+    """
+
+    layers: list[LayerPlan]
+    others: list[list[LayerPlan]] = dataclasses.field(default_factory=list)
+    losses: dict[tuple[str, ...], float] = dataclasses.field(default_factory=dict)
+    cost: Cost | None = None
+
+
+def run(
+    sensitivity: Sensitivity | Path, config: Config | None = None, *, model: str | Path | None = None,
+    out: Path | None = None, pilot: Pilot | None = None,
+) -> Plan:  # fmt: skip
     """Choose a mixer for every layer.
 
+    Args:
+        model: what the sensitivity was measured on, for planners that measure whole plans, and for throughput.
+        pilot: heals plans briefly, where `pilots` asks for it.
+
     Raises:
-        PlanError: the sensitivity cannot be read, or the budget cannot be met.
+        PlanError: the sensitivity cannot be read, the budget cannot be met, or the planner needs the model.
     """
     config = config or Config()
     if not isinstance(sensitivity, Sensitivity):
         sensitivity = load(Sensitivity, sensitivity)
-    model = sensitivity.model
     check(sensitivity)
-    _check_budget(config)
-    context = config.context or min(model.context, _LONGEST_DEFAULT)
-    if config.planner == "tiers":
-        layers = plan_tiers(sensitivity, config.tiers)
-    else:
-        layers = plan_budget(
-            sensitivity,
-            context=context,
-            kv_reduction=config.kv_reduction,
-            max_loss=config.max_loss,
-            at_least=config.at_least.model_dump(),
-            weights=config.weights,
-        )
-    plan = Plan(
-        layers=layers,
-        model=model,
-        planner=config.model_dump(mode="json", exclude_none=True),
-        predicted=predict(sensitivity, layers, context, config.weights),
-        inputs=inputs(sensitivity, config),
-        provenance=provenance(layers_digest=layers_digest(layers)),
-    )
-    if out is not None:
+    folder = None if model is None else find_model(model)
+    planner = config.planner or ("milp" if folder is None else "greedy")
+    config = _settled(config, planner)
+    model_config = None
+    if folder is not None:
+        model_config = read_config(folder)
+        if describe(str(model), folder, model_config).digest != sensitivity.model.digest:
+            raise PlanError(
+                f"the sensitivity was measured on {sensitivity.model.name}, which {model} is not; analyze it"
+            )
+    elif planner in ("greedy", "gates") or config.pilots:
+        raise PlanError(f"{'pilots' if config.pilots else planner} measures whole plans; name the model with --model")
+    budget = Budget(sensitivity.model, config, model_config)
+    found = PLANNERS[planner](sensitivity, budget, config, folder)
+    if config.pilots:
+        found = _piloted(found, budget, config, folder, pilot)
+    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, config, folder))
+    if out is not None and ranks()[0] == 0:
         save(plan, out)
     return plan
+
+
+def _settled(config: Config, planner: PLANNER) -> Config:
+    """With the default budget, where none was given.
+
+    Raises:
+        PlanError: something was asked for that the planner would not look at.
+    """
+    cut = config.tiers.model_dump(exclude={"score", "window"}, exclude_none=True)
+    if planner != "tiers" and config.tiers != Tiers():
+        raise PlanError("tiers.* settings are for planner tiers; ask for it, or leave them out")
+    if planner not in ("uniform", "periodic") and config.mixer is not None:
+        raise PlanError("mixer is for the planners uniform and periodic; ask for one of them, or leave it out")
+    if planner == "tiers" and cut and (config.has_budget or config.at_least != AtLeast()):
+        raise PlanError(
+            "tiers takes a budget or its own cuts: leave tiers.full, .sliding, .keep_above and .remove_below out"
+        )
+    if config.max_loss is not None and planner not in ("greedy", "milp"):
+        raise PlanError(f"planner {planner} knows no max_loss; use greedy or milp, or another budget")
+    if not config.has_budget and not cut:
+        return config.model_copy(update={"kv_reduction": DEFAULT_KV_REDUCTION})
+    return config
+
+
+def _milp(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+    layers, front = plan_milp(sensitivity, budget, config.weights)
+    return Found(layers, front)
+
+
+def _tiers(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+    return Found(plan_tiers(sensitivity, config.tiers, budget, config.weights))
+
+
+def _uniform(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+    return Found(plan_uniform(sensitivity, budget, config.mixer))
+
+
+def _periodic(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+    return Found(plan_periodic(sensitivity, budget, config.mixer))
+
+
+def _random(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+    like, _front = plan_milp(sensitivity, budget, config.weights)
+    return Found(plan_random(sensitivity, budget, like, config.seed))
+
+
+def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
+    model, data = _measured_on(sensitivity, config, folder)
+    candidates = [[c.plan for c in own] for own in sensitivity.layers]
+    single = [[candidate_loss(c, config.weights) for c in own] for own in sensitivity.layers]
+    scorer = Scorer(model, data)
+    naive = 1 + sum(map(len, candidates))
+    with progress("plan", 1) as advance:
+        search = Search(
+            scorer, candidates, single, config.weights, budget, config.measuring.naive_passes * naive, advance
+        )
+        start, front = _additive_start(sensitivity, budget, config)
+        layers = search.run(start, config.max_loss)
+        advance()
+    say(
+        f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is {search.spent / naive:.2f} "
+        f"naive passes of {naive}"
+    )
+    losses = {tuple(layer.label for layer in plan): loss for plan, loss in search.known.items()}
+    met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
+    others = [list(plan) for plan in [*met[:_FRONT_POINTS], *search.path]]
+    cost = Cost(tokens=scorer.tokens, forwards=search.spent, seconds=0.0)
+    return Found(list(layers), others + front, losses, cost)
+
+
+def _additive_start(
+    sensitivity: Sensitivity, budget: Budget, config: Config
+) -> tuple[list[tuple[LayerPlan, ...]], list[list[LayerPlan]]]:
+    try:
+        layers, front = plan_milp(sensitivity, budget, config.weights)
+    except PlanError:  # then nothing meets the budget, which the search finds as well and says
+        return [], []
+    return [tuple(layers)], front
+
+
+def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
+    if budget.kv_limit is None:
+        raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
+    model, data = _measured_on(sensitivity, config, folder)
+    candidates = [[c.plan for c in own] for own in sensitivity.layers]
+    count, keep = len(candidates), full_plan(len(candidates))
+    rest = [budget.model.kv_bytes([LayerPlan("no_attention") if j == i else KEEP for j in range(count)], budget.context)
+            for i in range(count)]  # fmt: skip
+    whole = max(budget.model.kv_bytes(keep, budget.context), 1)
+    shares = [
+        [
+            (budget.model.kv_bytes([plan if j == i else KEEP for j in range(count)], budget.context) - rest[i]) / whole
+            for plan in (KEEP, *own)
+        ]
+        for i, own in enumerate(candidates)
+    ]
+    settings = config.measuring
+    with progress("gates", settings.steps) as advance:
+        gates, tokens = learn_gates(
+            model, data, candidates, shares, budget.kv_limit, config.weights, steps=settings.steps,
+            batch=settings.batch, learning_rate=settings.learning_rate, seed=config.seed, advance=advance,
+        )  # fmt: skip
+    layers, front = plan_milp(sensitivity, budget, config.weights, gate_losses(gates))
+    seen = sum(sequences.tokens.numel() for sequences in data.values())
+    mixers = 1 + sum(map(len, candidates)) / count  # every candidate's attention runs, forwards and back again
+    return Found(layers, front, cost=Cost(tokens=tokens, forwards=3 * mixers * tokens / seen + 1, seconds=0.0))
+
+
+PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None], Found]] = {
+    "greedy": _greedy, "milp": _milp, "gates": _gates, "tiers": _tiers, "uniform": _uniform, "periodic": _periodic,
+    "random": _random,
+}  # fmt: skip
+
+
+def _measured_on(sensitivity: Sensitivity, config: Config, folder: Path | None) -> tuple[Hybrid, dict[str, Sequences]]:
+    """The model, and data of the train split to measure whole plans on."""
+    assert folder is not None
+    device = pick_device(config.device)
+    model = load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+    settings = config.measuring
+    windows = [c.window for own in sensitivity.layers for c in own if c.window is not None]
+    length, distance = probe_lengths(settings.length, settings.distance, windows, sensitivity.model.context)
+    data = samples(
+        open_corpus(config.text), load_tokenizer(folder), model.config.vocab_size, split="train", texts=settings.texts,
+        answers=settings.answers, length=length, distance=distance, seed=config.seed,
+    )  # fmt: skip
+    return model, data
+
+
+def _piloted(found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None) -> Found:
+    """The plan that does best after a brief healing, among the best few at the budget."""
+    if pilot is None or folder is None:
+        raise PlanError("pilots are healed by the command line and by runs; leave them out here")
+    best: dict[tuple[str, ...], list[LayerPlan]] = {}
+    for layers in [found.layers, *found.others]:
+        if budget.met(layers):
+            best.setdefault(tuple(layer.label for layer in layers), layers)
+    ranked = sorted(best, key=lambda labels: found.losses.get(labels, float("inf")))[: config.pilots]
+    if len(ranked) < 2:
+        say("pilots: only one plan at the budget is known, so there is nothing to compare")
+        return found
+    losses = pilot(folder, [best[labels] for labels in ranked], config)
+    for labels, loss in zip(ranked, losses, strict=True):
+        say(f"pilot: {' '.join(short(label) for label in labels)} ends at {loss:.4f}")
+    return dataclasses.replace(found, layers=best[ranked[losses.index(min(losses))]])
+
+
+def _plan(sensitivity: Sensitivity, found: Found, budget: Budget, config: Config, made_from: dict[str, str]) -> Plan:
+    layers = [
+        layer if layer.reason else dataclasses.replace(layer, reason=reason(layer, own, config.weights))
+        for layer, own in zip(found.layers, sensitivity.layers, strict=True)
+    ]
+    measured: dict[str, Any] = {}
+    if found.cost is not None:
+        measured["cost"] = found.cost.model_dump()
+    loss = found.losses.get(tuple(layer.label for layer in layers))
+    if loss is not None:
+        measured["loss"] = round(loss, 6)
+    return Plan(
+        layers=layers,
+        model=sensitivity.model,
+        planner=config.model_dump(mode="json", exclude_none=True),
+        predicted=predict(sensitivity, layers, budget, config.weights),
+        measured=measured,
+        front=_front(sensitivity, found, budget, config.weights),
+        inputs=made_from,
+        provenance=provenance(layers_digest=layers_digest(layers)),
+    )
+
+
+def _front(sensitivity: Sensitivity, found: Found, budget: Budget, weights: dict[str, float]) -> list[FrontPoint]:
+    """Of all plans at hand those that no other beats, and the chosen one; measured losses where there are some."""
+    points: dict[tuple[str, ...], FrontPoint] = {}
+    for layers in [found.layers, *found.others]:
+        labels = tuple(layer.label for layer in layers)
+        loss = found.losses.get(labels)
+        measured = loss is not None
+        if loss is None:
+            loss = predicted_loss(sensitivity, layers, weights)
+        if loss is not None and (measured or not found.losses) and labels not in points:
+            points[labels] = FrontPoint(
+                loss=round(loss, 6), measured=measured, kv_share=round(budget.kv_share(layers), 6), layers=list(labels),
+                chosen=not points,
+            )  # fmt: skip
+    best: list[FrontPoint] = []
+    for point in sorted(points.values(), key=lambda p: (p.kv_share, p.loss)):
+        if not best or point.loss < min(p.loss for p in best) or point.chosen:
+            best.append(point)
+    step = max(1, -(-len(best) // _FRONT_POINTS))
+    return [point for n, point in enumerate(best) if n % step == 0 or point.chosen]
 
 
 def layers_digest(layers: list[LayerPlan]) -> str:
@@ -127,27 +410,20 @@ def check(sensitivity: Sensitivity) -> None:
             )
 
 
-def _check_budget(config: Config) -> None:
-    """Raises PlanError if something was asked for that the planner would not look at."""
-    budgets = config.kv_reduction is not None or config.max_loss is not None or config.at_least != AtLeast()
-    if config.planner == "tiers" and budgets:
-        raise PlanError("planner tiers knows no budget: leave kv_reduction, max_loss and at_least out, or use budget")
-    if config.planner == "budget" and config.tiers != Tiers():
-        raise PlanError("tiers.* settings are for planner tiers; ask for it, or leave them out")
-
-
 def predict(
-    sensitivity: Sensitivity, layers: list[LayerPlan], context: int, weights: dict[LOSSES, float]
+    sensitivity: Sensitivity, layers: list[LayerPlan], budget: Budget, weights: dict[str, float]
 ) -> dict[str, Any]:
     """What a plan should cost: loss if damages added up, KV cache, and how far back it can look."""
-    model = sensitivity.model
-    base = model.kv_bytes([LayerPlan(mixer="full_attention")] * model.num_layers, context)
-    hybrid = model.kv_bytes(layers, context)
+    base, hybrid = budget.base_bytes, budget.kv_bytes(layers)
     loss = predicted_loss(sensitivity, layers, weights)
-    return {
+    found = {
         "loss": None if loss is None else round(loss, 6),
-        "context": context,
+        "context": budget.context,
+        "engine": "vllm" if budget.on_vllm else "transformers",
         "kv_bytes": {"base": base, "hybrid": hybrid},
         "kv_share": round(hybrid / base, 4) if base else None,
-        "receptive_field": model.receptive_field(layers),
+        "receptive_field": sensitivity.model.receptive_field(layers),
     }
+    if budget.throughput is not None:
+        found["throughput"] = round(budget.speedup(layers), 3)
+    return found

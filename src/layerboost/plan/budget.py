@@ -1,121 +1,135 @@
-"""The budget planner: one candidate per layer, least loss under a KV budget or least KV under a loss, exactly.
+"""What a plan must meet, in the user's own words, and what it costs against that."""
 
-It adds damages up, which is optimistic for removals; see docs/plan.md.
-"""
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from dataclasses import dataclass
+import torch
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-
-from layerboost.artifacts import Sensitivity
+from layerboost import cost
+from layerboost.artifacts import Load, ModelRecord
+from layerboost.cost.device import find_device
+from layerboost.cost.work import Workload
 from layerboost.errors import PlanError
-from layerboost.layer_plan import LayerPlan
-from layerboost.plan.losses import LOSSES, candidate_loss, reason
+from layerboost.layer_plan import LayerPlan, full_plan
+from layerboost.vllm.kv import GPU_BLOCK, grouped, kv_layout, layers_by_window
+
+if TYPE_CHECKING:
+    from layerboost.plan import Config
 
 DEFAULT_KV_REDUCTION = 0.5
-# what breaks ties: of two equal plans, the one that saves more, counted far below any measured damage
-_TIE = 1e-9
+_MEMORY_SHARE = 0.9  # of a device's memory that vLLM takes
+_ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Option:
-    layer: int
-    plan: LayerPlan
-    loss: float
-    kv: float  # share of the base model's KV bytes
+class Budget:
+    """Limits on KV cache, throughput and make-up of a plan.
 
+    Args:
+        model_config: of the base model, as transformers has it; only a throughput budget needs it.
 
-def options(sensitivity: Sensitivity, context: int, weights: dict[LOSSES, float]) -> list[Option]:
-    """Everything each layer may get: to stay, or a measured candidate."""
-    model = sensitivity.model
-    keep, gone = LayerPlan(mixer="full_attention"), LayerPlan(mixer="no_attention")
-    whole = model.kv_bytes([keep] * model.num_layers, context)
-    found = []
-    for layer, candidates in enumerate(sensitivity.layers):
-        for plan, loss in [(keep, 0.0), *((c.plan, candidate_loss(c, weights)) for c in candidates)]:
-            alone = [plan if i == layer else gone for i in range(model.num_layers)]
-            found.append(Option(layer, plan, loss, model.kv_bytes(alone, context) / max(whole, 1)))
-    return found
-
-
-def plan_budget(
-    sensitivity: Sensitivity,
-    *,
-    context: int,
-    kv_reduction: float | None,
-    max_loss: float | None,
-    at_least: dict[str, int],
-    weights: dict[LOSSES, float],
-) -> list[LayerPlan]:
-    """Raises PlanError if no plan meets the budget, with what could be met."""
-    if kv_reduction is None and max_loss is None:
-        kv_reduction = DEFAULT_KV_REDUCTION
-    choices = options(sensitivity, context, weights)
-    num_layers = sensitivity.model.num_layers
-    if sum(at_least.values()) > num_layers:
-        raise PlanError(f"at_least asks for {sum(at_least.values())} layers, the model has {num_layers}")
-    if kv_reduction is not None:
-        chosen = _solve(choices, num_layers, at_least, minimise="loss", kv=1 - kv_reduction)
-        if chosen is None:
-            least = _solve(choices, num_layers, at_least, minimise="kv")
-            if least is None:
-                raise PlanError(f"at_least {at_least} cannot be met with the candidates that were measured")
-            raise PlanError(
-                f"kv_reduction {kv_reduction} cannot be met: at most {1 - _total(least, 'kv'):.3f} is possible at a "
-                f"context of {context} tokens; ask for less, measure narrower windows, or lower at_least"
-            )
-        loss = _total(chosen, "loss")
-        if max_loss is not None and loss > max_loss:
-            raise PlanError(
-                f"max_loss {max_loss} cannot be met with kv_reduction {kv_reduction}: the least predicted loss is "
-                f"{loss:.4f} nats per token; allow more loss or ask for less reduction"
-            )
-    else:
-        chosen = _solve(choices, num_layers, at_least, minimise="kv", loss=max_loss)
-        if chosen is None:
-            raise PlanError(f"max_loss {max_loss} cannot be met together with at_least {at_least}; allow more loss")
-    return [
-        LayerPlan(
-            mixer=option.plan.mixer,
-            window=option.plan.window,
-            reason=reason(option.plan, sensitivity.layers[option.layer], weights),
-        )
-        for option in chosen
-    ]
-
-
-def _total(chosen: list[Option], what: str) -> float:
-    return float(sum(getattr(option, what) for option in chosen))
-
-
-def _solve(
-    choices: list[Option], num_layers: int, at_least: dict[str, int], *, minimise: str, **most: float | None
-) -> list[Option] | None:
-    """The best choice of one option per layer, in layer order; None if there is none.
-
-    A multiple-choice knapsack, solved exactly by HiGHS.
+    Raises:
+        PlanError: a throughput budget without a model, or more layers asked for than there are.
     """
-    loss = np.array([option.loss for option in choices])
-    kv = np.array([option.kv for option in choices])
-    values = {"loss": loss, "kv": kv}
-    one_per_layer = np.array(
-        [[option.layer == layer for option in choices] for layer in range(num_layers)], dtype=float
-    )
-    constraints = [LinearConstraint(one_per_layer, 1, 1)]
-    for mixer, fewest in at_least.items():
-        constraints.append(LinearConstraint([[float(o.plan.mixer == mixer) for o in choices]], fewest, np.inf))
-    for name, limit in most.items():
-        if limit is not None:
-            constraints.append(LinearConstraint(values[name][None], -np.inf, limit + 1e-9))
-    other = {"loss": kv, "kv": loss}[minimise]
-    solved = milp(
-        values[minimise] + _TIE * other,
-        constraints=constraints,
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if solved.x is None:
-        return None
-    return [option for option, taken in zip(choices, solved.x, strict=True) if taken > 0.5]
+
+    def __init__(self, model: ModelRecord, config: "Config", model_config: Any = None) -> None:
+        self.model, self.config = model, config
+        self.context = config.context or min(model.context, 4_096)
+        self.on_vllm = config.engine == "vllm" or config.throughput is not None
+        self.at_least: dict[str, int] = config.at_least.model_dump()
+        self.most_full = config.full_layers
+        self.throughput = config.throughput
+        if self.throughput is not None and model_config is None:
+            raise PlanError("a throughput budget counts the model's work; name the model with --model")
+        self.model_config = model_config
+        if sum(self.at_least.values()) > model.num_layers:
+            raise PlanError(f"at_least asks for {sum(self.at_least.values())} layers, the model has {model.num_layers}")
+        self._speeds: dict[Any, float] = {}
+
+    @cached_property
+    def base_bytes(self) -> int:
+        return self.kv_bytes(full_plan(self.model.num_layers))
+
+    @cached_property
+    def kv_limit(self) -> float | None:
+        """Most share of the base model's KV bytes; None is no limit."""
+        config = self.config
+        limits = []
+        if config.kv_reduction is not None:
+            limits.append(1 - config.kv_reduction)
+        if config.kv_bytes is not None:
+            limits.append(config.kv_bytes * self.context / max(self.base_bytes, 1))
+        return min(limits, default=None)
+
+    def kv_bytes(self, layers: list[LayerPlan]) -> int:
+        """Cache of one sequence of `context` tokens: what it holds, or on vLLM with blocks and padded groups."""
+        if not self.on_vllm:
+            return self.model.kv_bytes(layers, self.context)
+        return self.made_up_bytes(layers_by_window(layers, self.model.native_windows))
+
+    def made_up_bytes(self, kinds: Any) -> int:
+        """On vLLM, of so many layers of each window."""
+        kinds = {window: count for window, count in kinds.items() if count}
+        if not kinds:
+            return 0
+        layout = grouped(kinds, self.model.kv_shape.bytes_per_token, self.config.block_size or GPU_BLOCK)
+        return layout.sequence_bytes(self.context + 1)
+
+    def kv_share(self, layers: list[LayerPlan]) -> float:
+        return self.kv_bytes(layers) / max(self.base_bytes, 1)
+
+    def speedup(self, layers: list[LayerPlan]) -> float:
+        """Foretold output tokens per second over the base's, under the load on the device."""
+        make_up = tuple(sorted(layers_by_window(layers, self.model.native_windows).items(), key=str))
+        if make_up not in self._speeds:
+            self._speeds[make_up] = self._rate(layers) / self._base_rate
+        return self._speeds[make_up]
+
+    @cached_property
+    def _base_rate(self) -> float:
+        return self._rate(full_plan(self.model.num_layers))
+
+    @cached_property
+    def _workload(self) -> Workload:
+        return Workload(self.model_config, torch.bfloat16)
+
+    def _rate(self, layers: list[LayerPlan]) -> float:
+        config, device = self.config, find_device(self.config.device_profile)
+        work = self._workload.under(layers)
+        load = Load(
+            concurrency=config.concurrency, prompt_tokens=config.prompt_tokens, output_tokens=config.output_tokens,
+            requests=config.concurrency,
+        )  # fmt: skip
+        layout = kv_layout(layers, self.model.native_windows, int(work.kv_bytes), config.block_size or GPU_BLOCK)
+        memory = config.kv_memory or int(device.memory * _MEMORY_SHARE - work.weight_bytes)
+        if memory <= 0:
+            raise PlanError(f"the weights leave no memory for a cache on {device.name}; name a larger device")
+        return cost.predict(work, layout, memory, load, device, max_batched_tokens=8_192).tokens_per_second
+
+    def excess(self, layers: list[LayerPlan]) -> float:
+        """How far a plan is from meeting the limits; 0 where it meets them all."""
+        count = self.model.num_layers
+        missing = [
+            max(0, fewest - sum(plan.mixer == mixer for plan in layers)) / count
+            for mixer, fewest in self.at_least.items()
+        ]
+        total = sum(missing)
+        if self.kv_limit is not None:
+            total += max(0.0, self.kv_share(layers) - self.kv_limit)
+        if self.most_full is not None:
+            total += max(0, sum(plan.mixer == "full_attention" for plan in layers) - self.most_full) / count
+        if self.throughput is not None and any(plan.mixer != "no_attention" for plan in layers):
+            total += max(0.0, self.throughput - self.speedup(layers))
+        return total
+
+    def met(self, layers: list[LayerPlan]) -> bool:
+        return self.excess(layers) <= _ROUNDING
+
+    def describe(self) -> str:
+        config = self.config
+        limits = {
+            "kv_reduction": config.kv_reduction, "kv_bytes": config.kv_bytes, "full_layers": config.full_layers,
+            "throughput": config.throughput, "max_loss": config.max_loss,
+        }  # fmt: skip
+        found = [f"{name} {limit}" for name, limit in limits.items() if limit is not None]
+        found += [f"at_least.{mixer} {fewest}" for mixer, fewest in self.at_least.items() if fewest]
+        return ", ".join(found)

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING
 
 from layerboost.artifacts import Sensitivity
+from layerboost.damage import damage_of, predicted_loss
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan, MixerName
-from layerboost.plan.losses import damage_of
 
 if TYPE_CHECKING:
     from layerboost.plan import Tiers
+    from layerboost.plan.budget import Budget
 
 
 def removal_scores(sensitivity: Sensitivity, metric: str) -> list[float]:
@@ -26,28 +27,68 @@ def removal_scores(sensitivity: Sensitivity, metric: str) -> list[float]:
     return scores
 
 
-def plan_tiers(sensitivity: Sensitivity, config: "Tiers") -> list[LayerPlan]:
-    """Three tiers by counts or by thresholds on one score.
+def plan_tiers(
+    sensitivity: Sensitivity, config: "Tiers", budget: "Budget", weights: dict[str, float]
+) -> list[LayerPlan]:
+    """Three tiers on one score: by counts, by thresholds, or, with neither, by the counts that meet the budget with the
+    least predicted loss. The paper does not say where it cuts; that is the kindest reading.
 
     Raises:
-        PlanError: neither or both ways of cutting are given, counts exceed the layers, or no window is known.
+        PlanError: both ways of cutting are given, counts exceed the layers, no window is known, or no cut meets the
+            budget.
     """
     scores = removal_scores(sensitivity, config.score)
     by_count = config.full is not None or config.sliding is not None
     by_threshold = config.keep_above is not None or config.remove_below is not None
-    if by_count == by_threshold:
+    if by_count and by_threshold:
         raise PlanError(
-            "tiers needs either counts (tiers.full and tiers.sliding) or thresholds (tiers.keep_above and "
+            "tiers takes either counts (tiers.full and tiers.sliding) or thresholds (tiers.keep_above and "
             "tiers.remove_below)"
         )
+    window = config.window or widest_window(sensitivity)
     if by_count:
-        names = _by_count(scores, config.full or 0, config.sliding or 0)
-    else:
+        return _layers(sensitivity, config, scores, _by_count(scores, config.full or 0, config.sliding or 0), window)
+    if by_threshold:
         names = _by_threshold(scores, config.keep_above, config.remove_below)
-    measured = [c.window for candidates in sensitivity.layers for c in candidates if c.window is not None]
-    window = config.window or max(measured, default=None)
+        return _layers(sensitivity, config, scores, names, window)
+    return _best_cut(sensitivity, config, scores, budget, weights)
+
+
+def _best_cut(
+    sensitivity: Sensitivity, config: "Tiers", scores: list[float], budget: "Budget", weights: dict[str, float]
+) -> list[LayerPlan]:
+    count = len(scores)
+    windows: list[int | None] = [config.window] if config.window else [*measured_windows(sensitivity)]
+    best: tuple[float, list[LayerPlan]] | None = None
+    for window in windows or [None]:
+        for full in range(count + 1):
+            for sliding in range(count - full + 1) if window else [0]:
+                layers = _layers(sensitivity, config, scores, _by_count(scores, full, sliding), window)
+                if not budget.met(layers):
+                    break  # a longer second tier keeps more
+                loss = predicted_loss(sensitivity, layers, weights)
+                if loss is not None and (best is None or loss < best[0]):
+                    best = loss, layers
+    if best is None:
+        raise PlanError(f"{budget.describe()} cannot be met by any two cuts of the ranking; ask for less")
+    return best[1]
+
+
+def measured_windows(sensitivity: Sensitivity) -> list[int]:
+    """Of `sliding_attention`, narrowest first."""
+    return sorted({c.window for own in sensitivity.layers for c in own if c.mixer == "sliding_attention" and c.window})
+
+
+def widest_window(sensitivity: Sensitivity) -> int | None:
+    return max(measured_windows(sensitivity), default=None)
+
+
+def _layers(
+    sensitivity: Sensitivity, config: "Tiers", scores: list[float], names: list[MixerName], window: int | None
+) -> list[LayerPlan]:
     if window is None and "sliding_attention" in names:
         raise PlanError("tiers.window is missing, and no window was measured that could stand for it")
+    order = _ranked(scores)
     layers = []
     for index, (name, score) in enumerate(zip(names, scores, strict=True)):
         native = sensitivity.model.native_windows[index]
@@ -57,7 +98,7 @@ def plan_tiers(sensitivity: Sensitivity, config: "Tiers") -> list[LayerPlan]:
             LayerPlan(
                 mixer=name,
                 window=window if name == "sliding_attention" else None,
-                reason=f"removal costs {score:.4f} ({config.score}), {_place(scores, index)} of {len(scores)}",
+                reason=f"removal costs {score:.4f} ({config.score}), {order.index(index) + 1} of {len(scores)}",
             )
         )
     return layers
@@ -88,7 +129,3 @@ def _by_threshold(scores: list[float], keep_above: float | None, remove_below: f
 def _ranked(scores: list[float]) -> list[int]:
     """Layer numbers, most sensitive first; of equals the earlier layer."""
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-
-
-def _place(scores: list[float], index: int) -> int:
-    return _ranked(scores).index(index) + 1

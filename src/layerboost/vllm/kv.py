@@ -1,6 +1,7 @@
 """How vLLM lays out the key/value cache of a plan: groups of layers that share one pool of blocks."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layerboost.layer_plan import LayerPlan
@@ -59,7 +60,7 @@ def layers_by_window(layers: list[LayerPlan], native_windows: list[int | None]) 
 
 
 def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_bytes: int, block_size: int) -> KVLayout:
-    """vLLM's grouping (0.32, `_get_kv_cache_groups_uniform_page_size`).
+    """The cache of a plan.
 
     Args:
         layer_bytes: keys and values of one token in one layer.
@@ -68,7 +69,11 @@ def kv_layout(layers: list[LayerPlan], native_windows: list[int | None], layer_b
         PlanError: vLLM cannot run the plan.
     """
     check_servable(layers)
-    kinds = layers_by_window(layers, native_windows)
+    return grouped(layers_by_window(layers, native_windows), layer_bytes, block_size)
+
+
+def grouped(kinds: Mapping[int | None, int], layer_bytes: int, block_size: int) -> KVLayout:
+    """vLLM's grouping (0.32, `_get_kv_cache_groups_uniform_page_size`) of so many layers of each window."""
     fewest, most = min(kinds.values()), max(kinds.values())
     size = most if most < 1.5 * fewest else fewest
     windows = tuple(window for window, count in kinds.items() for _ in range(-(-count // size)))

@@ -1,0 +1,139 @@
+"""What an analysis looks at: text, recall probes, and what else the settings ask for."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerboost.data.corpus import open_corpus
+from layerboost.data.probes import probe_sequences
+from layerboost.data.samples import TEXT, check_vocabulary, probe_lengths, probe_maker, samples
+from layerboost.data.sequences import Sequences
+from layerboost.errors import DataError
+from layerboost.model.hybrid import Hybrid
+from layerboost.progress import say
+
+if TYPE_CHECKING:
+    from layerboost.analyze import Config
+
+_LONG_PROBES = ("key_value", "needle")
+_TURN = 1_000  # seeds between two helpings of data
+
+
+class Looking:
+    """Draws the data of an analysis, as many helpings as it asks for.
+
+    Attributes:
+        length, distances: of recall probes, in tokens; where a window reaches half a probe's length, probes get longer.
+    """
+
+    def __init__(self, model: Hybrid, tokenizer: Any, config: "Config", windows: list[int]) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.corpus = open_corpus(config.text)
+        self.context: int = model.config.max_position_embeddings
+        asked = config.distance if isinstance(config.distance, list) else [config.distance]
+        found = [probe_lengths(config.length, distance, windows, self.context) for distance in asked]
+        self.length, self.distances = max(length for length, _ in found), [distance for _, distance in found]
+        if self.length != config.length:
+            say(
+                f"probes are {self.length} tokens long instead of {config.length}, so that no window reaches their "
+                "answers"
+            )
+
+    def data(self, turn: int) -> dict[str, Sequences]:
+        """Sequences by kind; another turn gives others.
+
+        Raises:
+            DataError: too little text, or a prompts file that is not one.
+        """
+        seed = self.config.seed + _TURN * turn
+        found = self._samples(self.distances[0], seed)
+        if len(self.distances) > 1:
+            for kind in [kind for kind in found if kind != TEXT]:
+                found[f"{kind}@{self.distances[0]}"] = found.pop(kind)
+            for distance in self.distances[1:]:
+                more = self._samples(distance, seed + distance)
+                found |= {f"{kind}@{distance}": sequences for kind, sequences in more.items() if kind != TEXT}
+        if self.config.long_answers:
+            found["long"] = self._long(seed)
+        if self.config.generations:
+            found["generation"] = self._completions(found[TEXT])
+        if self.config.prompts is not None and turn == 0:
+            found["prompts"] = self._prompts(self.config.prompts)
+        return found
+
+    def _samples(self, distance: int, seed: int) -> dict[str, Sequences]:
+        return samples(
+            self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", texts=self.config.texts,
+            answers=self.config.answers, length=self.length, distance=distance, seed=seed,
+        )  # fmt: skip
+
+    def _long(self, seed: int) -> Sequences:
+        """Answers to questions about what stands early in long prompts."""
+        length = min(self.config.long_length or 4 * self.length, self.context)
+        maker = probe_maker(
+            self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", length=length, seed=seed + 1
+        )
+        counts = [(self.config.long_answers + i) // len(_LONG_PROBES) for i in range(len(_LONG_PROBES))]
+        return Sequences.concatenate(
+            [
+                probe_sequences(maker, probe, count=count, length=length, distance=length // 2)
+                for probe, count in zip(_LONG_PROBES, counts, strict=True)
+                if count
+            ]
+        )
+
+    @torch.no_grad()
+    def _completions(self, text: Sequences) -> Sequences:
+        """Beginnings of text with the original's own greedy completion, which is what counts."""
+        asked = self.config.new_tokens
+        prompts = text.tokens[: self.config.generations, : self.length // 2].to(self.model.device)
+        tokens = self.model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=asked,
+            min_new_tokens=asked, pad_token_id=0, temperature=None, top_p=None, top_k=None,
+        ).cpu()  # fmt: skip
+        scored = torch.zeros_like(tokens, dtype=torch.bool)
+        scored[:, prompts.shape[1] :] = True
+        return Sequences(tokens, scored)
+
+    def _prompts(self, path: Path) -> Sequences:
+        """A user's own, one JSON object per line: `text`, or `prompt` and `answer`, of which the answer counts."""
+        rows: list[tuple[list[int], int]] = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as trouble:
+            raise DataError(f"prompts {path} cannot be read: {trouble}; name a file of JSON lines") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompt, answer = _prompt_of(line, f"{path.name} line {number}")
+                before = self._ids(prompt) if prompt else []
+                tokens = (before + self._ids(answer))[-self.context :]
+                rows.append((tokens, max(1, len(tokens) - len(self._ids(answer)))))
+        rows = [(tokens, start) for tokens, start in rows if len(tokens) > start]
+        if len(rows) < 2:
+            raise DataError(f"prompts {path} holds {len(rows)} usable lines, at least 2 are needed")
+        longest = max(len(tokens) for tokens, _ in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)  # what stands to the right of a prompt changes nothing
+        scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for n, (tokens, start) in enumerate(rows):
+            ids[n, : len(tokens)] = torch.tensor(tokens)
+            scored[n, start : len(tokens)] = True
+        check_vocabulary(ids, self.model.config.vocab_size)
+        return Sequences(ids, scored)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _prompt_of(line: str, where: str) -> tuple[str, str]:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError):
+        raw = None
+    for keys in (("prompt", "answer"), ("text",)):
+        if isinstance(raw, dict) and set(raw) == set(keys) and all(isinstance(raw[key], str) for key in keys):
+            return (raw["prompt"], raw["answer"]) if len(keys) > 1 else ("", raw["text"])
+    raise DataError(
+        f"{where}: must be a JSON object with the keys prompt and answer, or with the key text, all strings"
+    )

@@ -1,0 +1,163 @@
+"""One number for what a layer's mixer costs in quality, and how sure that number is.
+
+L layers, C candidates of a layer, R resamples.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from layerboost.artifacts import Candidate, Damage, Sensitivity
+from layerboost.errors import PlanError
+from layerboost.layer_plan import LayerPlan
+
+DEFAULT_WEIGHTS = {"text_kl": 0.6, "recall_kl": 0.4}
+_RESAMPLES = 1_000
+# of layers that differ by less than rounding, nothing can be said
+_SAME = 1e-6
+
+
+def damage_of(candidate: Candidate, metric: str) -> Damage:
+    """Raises PlanError if the metric was not measured."""
+    if metric not in candidate.damage:
+        raise PlanError(f"damage {metric} was not measured; measured are {', '.join(candidate.damage) or 'none'}")
+    return candidate.damage[metric]
+
+
+def candidate_loss(candidate: Candidate, weights: dict[str, float]) -> float:
+    """Weighted mean damage; a candidate that seems to do good counts as harmless."""
+    return max(0.0, sum(weight * damage_of(candidate, metric).mean for metric, weight in weights.items()))
+
+
+def weighted(metrics: dict[str, Any], weights: dict[str, float]) -> float:
+    """The same for one plan, from per-sequence damages by metric."""
+    return float(sum(weight * np.mean(metrics[metric]) for metric, weight in weights.items()))
+
+
+def predicted_loss(sensitivity: Sensitivity, layers: list[LayerPlan], weights: dict[str, float]) -> float | None:
+    """Sum over layers, as if damages added up; None if a layer's mixer was not measured."""
+    total = 0.0
+    for plan, candidates in zip(layers, sensitivity.layers, strict=True):
+        if plan.mixer != "full_attention":
+            measured = [c for c in candidates if c.plan.alike(plan)]
+            if not measured:
+                return None
+            total += candidate_loss(measured[0], weights)
+    return total
+
+
+def resampled_losses(
+    sensitivity: Sensitivity, weights: dict[str, float], resamples: int = _RESAMPLES
+) -> list[np.ndarray]:
+    """Per layer `[C, R]`: the weighted loss on resampled sequences, the same ones for every layer and candidate.
+
+    Paired, because layers are compared on the same sequences: what makes one sequence hard for all of them cancels.
+
+    Raises:
+        PlanError: a metric was not measured, or its sequences were not kept.
+    """
+    rng = np.random.default_rng(0)
+    total = [np.zeros((len(candidates), resamples)) for candidates in sensitivity.layers]
+    for metric, weight in weights.items():
+        values = [[damage_of(c, metric).per_sequence for c in candidates] for candidates in sensitivity.layers]
+        lengths = {len(found) for layer in values for found in layer}
+        if len(lengths) > 1 or not min(lengths, default=1):
+            raise PlanError(
+                f"damage {metric} has no value per sequence that could be resampled; analyze the model again"
+            )
+        count = max(lengths, default=1)
+        share = rng.multinomial(count, np.full(count, 1 / count), resamples).T / count  # [sequences, R]
+        for losses, layer in zip(total, values, strict=True):
+            if layer:
+                losses += weight * (np.array(layer) @ share)
+    return total
+
+
+def ranking(
+    sensitivity: Sensitivity, weights: dict[str, float], confidence: float, resamples: int = _RESAMPLES
+) -> dict[str, list[list[int]]]:
+    """Per mixer's label, its layers with the largest loss first, in groups: a layer joins the group before it when the
+    paired interval of its difference to that group's last layer holds 0."""
+    losses = resampled_losses(sensitivity, weights, resamples)
+    found: dict[str, list[list[int]]] = {}
+    labels = {c.plan.label: None for candidates in sensitivity.layers for c in candidates}
+    for label in labels:
+        rows = {
+            layer: (candidate_loss(c, weights), losses[layer][n])
+            for layer, candidates in enumerate(sensitivity.layers)
+            for n, c in enumerate(candidates)
+            if c.plan.label == label
+        }
+        groups: list[list[int]] = []
+        for layer in sorted(rows, key=lambda layer: (-rows[layer][0], layer)):
+            tied = bool(groups) and not differ(rows[groups[-1][-1]][1], rows[layer][1], confidence)
+            groups[-1].append(layer) if tied else groups.append([layer])
+        found[label] = groups
+    return found
+
+
+def differ(a: np.ndarray, b: np.ndarray, confidence: float) -> bool:
+    """Whether two losses on the same resamples `[R]` differ: their difference's interval does not hold 0."""
+    low, high = np.quantile(a - b, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return bool(low > _SAME or high < -_SAME)
+
+
+def reason(plan: LayerPlan, candidates: list[Candidate], weights: dict[str, float]) -> str:
+    """Why a layer gets what it gets: what that costs, and what the others would."""
+    losses = {c.plan.label: candidate_loss(c, weights) for c in candidates}
+    others = ", ".join(f"{label} {loss:.3f}" for label, loss in losses.items() if label != plan.label)
+    if plan.mixer == "full_attention":
+        return f"replacing it would cost: {others} nats" if others else "nothing narrower was measured"
+    own = losses.get(plan.label)
+    costs = "was not measured" if own is None else f"costs {own:.3f} nats"
+    return f"{costs}; {others}" if others else costs
+
+
+_OTHERS = {
+    "text": "text",
+    "long": "answer",
+    "prompts": "prompts",
+}  # kinds of sequences, and their metrics
+
+
+def damages(base: dict[str, np.ndarray], changed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What got worse, per metric and sequence, from per-sequence scores such as `text.kl` of the untouched and of the
+    changed model.
+
+    `text_kl`, `text_nll` (growth) over text; `recall_kl`, `recall_nll` over all recall probes' answers, and each
+    probe's accuracy lost under its own name, with `@distance` where several were asked for; `answer_*` over answers of long
+    prompts; `prompts_*` over a user's own; `generation`, how much earlier a greedy completion leaves the original's.
+    """
+    kinds = list(dict.fromkeys(key.partition(".")[0] for key in base))
+    recall = [kind for kind in kinds if kind not in _OTHERS and kind != "generation"]
+    groups = {_OTHERS[kind]: [kind] for kind in kinds if kind in _OTHERS} | ({"recall": recall} if recall else {})
+    found: dict[str, np.ndarray] = {}
+    for name, members in groups.items():
+        found |= _divergence(base, changed, name, members)
+    for kind, name in _OTHERS.items():
+        if name != "text" and kind in kinds:
+            found[name] = base[f"{kind}.hit"] - changed[f"{kind}.hit"]
+    for probe in dict.fromkeys(kind.partition("@")[0] for kind in recall):
+        own = [kind for kind in recall if kind.partition("@")[0] == probe]
+        found[probe] = np.concatenate([base[f"{kind}.hit"] - changed[f"{kind}.hit"] for kind in own])
+    for distance in dict.fromkeys(kind.partition("@")[2] for kind in recall if "@" in kind):
+        found |= _divergence(base, changed, "recall", [k for k in recall if k.endswith(f"@{distance}")], f"@{distance}")
+    if "generation" in kinds:
+        found["generation"] = base["generation.lead"] - changed["generation.lead"]
+    return found
+
+
+def _divergence(
+    base: dict[str, np.ndarray], changed: dict[str, np.ndarray], name: str, kinds: list[str], mark: str = ""
+) -> dict[str, np.ndarray]:
+    return {
+        f"{name}_kl{mark}": np.concatenate([changed[f"{kind}.kl"] for kind in kinds]),
+        f"{name}_nll{mark}": np.concatenate([changed[f"{kind}.nll"] - base[f"{kind}.nll"] for kind in kinds]),
+    }
+
+
+def levels(base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The untouched model's own values behind the damages: NLL in nats, and accuracies."""
+    nothing = {key: np.zeros_like(values) for key, values in base.items()}
+    own = damages(nothing, base)
+    return {metric: values if "_nll" in metric else -values for metric, values in own.items() if "_kl" not in metric}

@@ -1,0 +1,387 @@
+"""Any task of EleutherAI's lm-evaluation-harness, by name, as a probe of what many plans of one model lose.
+
+The harness asks twice. The first time its questions are noted; they are then answered under all plans together, with
+every common beginning of the plans computed once; and for each plan it asks again, gets that plan's answers, and
+computes its metrics itself. Task data come from this machine: nothing is downloaded, and no code but the harness's own
+and that beside a task's YAML runs.
+
+B requests, T tokens, E hidden size, K scored tokens, V vocabulary, D documents, L layers.
+"""
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteria
+
+from layerboost.errors import CheckpointError, DataError, EnvironmentTrouble, LayerBoostError, UsageError
+from layerboost.layer_plan import LayerPlan
+from layerboost.model.hybrid import Hybrid, LogitsHead
+from layerboost.passes import Plans, count_layers, finals
+from layerboost.progress import Advance
+from layerboost.scoring import CHUNK_ELEMENTS, batch_rows, log_probabilities
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a context, and of the continuation that is scored
+Likelihoods = dict[Pair, tuple[float, bool]]  # log-probability in nats, and whether greedy decoding would write it
+Texts = dict[tuple[str, str], str]  # what is written after a prompt, under generation settings in JSON
+
+# The metric of a document is the first of these that the task has, or else its own first.
+MAIN_METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte")
+_STREAM_BYTES = 2**30  # hidden states of one layer under all plans that are computed together
+_SEED = 1234  # the harness's own: few-shot examples are the same for every plan
+_NEW_TOKENS = 256  # what the harness lets a model write where a task sets no limit
+
+
+def _silent(steps: int = 1, note: str = "") -> None:
+    """Progress that nobody follows."""
+
+
+def task_scores(
+    model: Hybrid,
+    tokenizer: Any,
+    plans: Plans,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    folder: Path | None = None,
+    advance: Advance = _silent,
+) -> tuple[list[dict[str, np.ndarray]], float]:
+    """What every plan scores on each document of harness tasks.
+
+    Every score is the harness's aggregate over that document alone, of the first of `MAIN_METRICS` that the task has
+    (otherwise of its first metric) under its first filter, with its sign turned where lower is better. Writing is
+    greedy, whatever the task says; no chat template is applied; a group or tag counts as all of its tasks together.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+        limit: documents of each task, its first; all of them by default.
+        folder: where further task YAMLs are, which may name functions in Python files beside them.
+        advance: hears of one step per plan.
+
+    Returns:
+        Per plan, per name, `[D]` float64, higher is better, with the documents in the same order for every plan; and
+        the passes of all requests through the whole model, where a layer run for several plans counts once.
+
+    Raises:
+        UsageError: there is no such task, or one asks for code from elsewhere.
+        DataError: a task's data are not on this machine, or the harness cannot work with them.
+        EnvironmentTrouble: the harness is not installed.
+    """
+    asked = _load(tasks, folder)
+    player = _player_class()(model, tokenizer)
+    _play(player, asked, limit)
+    pairs, prompts = list(player.likelihoods), list(player.texts)
+    likelihoods, computed, tokens = _likelihoods(model, player.length, pairs, plans, _silent if prompts else advance)
+    scores, written = [], 0
+    for plan, player.likelihoods in zip(plans, likelihoods, strict=True):
+        player.texts, count = _texts(model, tokenizer, player.length, prompts, plan)
+        written += count
+        scores.append(_play(player, asked, limit))
+        if prompts:
+            advance()
+        if len(player.likelihoods) > len(pairs) or len(player.texts) > len(prompts):
+            raise DataError(
+                f"{', '.join(tasks)}: the harness asks other questions every time; leave out what is random"
+            )
+    if not plans or not tokens + written:
+        return scores, 0.0
+    return scores, (computed / len(model.decoder_layers) + written) / (tokens + written / len(plans))
+
+
+def _load(names: Sequence[str], folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Per name, the harness's tasks by their own names."""
+    with _harness("lm-eval's tasks cannot be listed"):
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder) if folder else None)
+    found = {}
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UsageError(_unknown(name, manager, folder))
+        _refuse_code(manager, [name])
+        with _harness(f"task {name} cannot be read from this machine, and tasks are not downloaded"):
+            found[name] = dict(manager.load([name])["tasks"])
+        _refuse_code(manager, found[name])
+    return found
+
+
+def _refuse_code(manager: Any, tasks: Iterable[str]) -> None:
+    for task in tasks:
+        config = getattr(manager.task_index.get(task), "cfg", None) or {}
+        if (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
+            raise UsageError(f"task {task} asks for trust_remote_code; code that comes with data is not run")
+
+
+def _unknown(name: str, manager: Any, folder: Path | None) -> str:
+    message = f"lm-eval has no task {name!r}"
+    if close := difflib.get_close_matches(name, manager.all_tasks, n=3):
+        message += f"; did you mean {', '.join(close)}?"
+    if folder is None:
+        return message
+    root = folder.resolve()
+    own = [task for task, entry in manager.task_index.items() if entry.yaml_path and root in entry.yaml_path.parents]
+    return f"{message}; {folder} has {', '.join(sorted(own)[:20]) or 'no task'}"
+
+
+@contextmanager
+def _harness(what: str) -> Iterator[None]:
+    """The harness at work: silent, offline, and any trouble of its own a line that begins with `what`."""
+    try:
+        import datasets
+        import evaluate
+        import huggingface_hub
+        import lm_eval  # noqa: F401
+    except ImportError as trouble:
+        raise EnvironmentTrouble(f"tasks need lm-eval ({trouble}): pip install 'layerboost[tasks]'") from None
+    disabled = logging.root.manager.disable
+    try:
+        with ExitStack() as stack:
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(null))
+            stack.callback(logging.disable, disabled)
+            logging.disable(logging.CRITICAL)
+            # these libraries read HF_HUB_OFFLINE once, when they are imported
+            stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+            stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
+            stack.enter_context(patch.object(evaluate.config, "HF_EVALUATE_OFFLINE", True))
+            yield
+    except LayerBoostError:
+        raise
+    except Exception as trouble:  # tasks are other people's code: anything may come out of it
+        line = next(iter(str(trouble).splitlines()), "")
+        raise DataError(f"{what}: {type(trouble).__name__}: {line}") from None
+
+
+@cache
+def _player_class() -> Any:
+    with _harness("lm-eval cannot be used"):
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class PlayedLM(TemplateLM):
+        """A model for the harness that answers from tables, and adds what they lack with a dummy answer.
+
+        Tokens are those of the harness's own `HFLM`: pairs are split by `TemplateLM`.
+        """
+
+        def __init__(self, model: Hybrid, tokenizer: Any) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+            self.length = int(model.config.max_position_embeddings)
+            self.likelihoods: Likelihoods = {}
+            self.texts: Texts = {}
+            self._encoded: dict[tuple[str, bool], list[int]] = {}
+
+        @property
+        def eot_token_id(self) -> int:
+            return self.tokenizer.eos_token_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            found = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+            for token in found:
+                if token is not None:
+                    return token
+            raise CheckpointError("the tokenizer has neither a beginning nor an end of text: no text can begin")
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if add_special_tokens is None:
+                add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            key = string, add_special_tokens
+            if key not in self._encoded:  # the harness asks once per plan
+                self._encoded[key] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            return self._encoded[key]
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            return [self._likelihood(context, continuation) for _, context, continuation in requests]
+
+        def _likelihood(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+            pair = tuple(context) or (self.prefix_token_id,), tuple(continuation)
+            return self.likelihoods.setdefault(pair, (0.0, False))
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+            totals = []
+            for (string,) in (request.args for request in requests):
+                windows = get_rolling_token_windows(
+                    self.tok_encode(string), prefix_token=self.prefix_token_id, max_seq_len=self.length, context_len=1
+                )
+                totals.append(sum(self._likelihood(*make_disjoint_window(window))[0] for window in windows))
+            return totals
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            return [
+                self.texts.setdefault((prompt, json.dumps(settings, sort_keys=True, default=str)), "")
+                for prompt, settings in (request.args for request in requests)
+            ]
+
+    return PlayedLM
+
+
+def _play(player: Any, asked: dict[str, dict[str, Any]], limit: int | None) -> dict[str, np.ndarray]:
+    """Per name, `[D]` scores that the harness computes from a player's answers."""
+    scores = {}
+    for name, tasks in asked.items():
+        with _harness(f"task {name}"):
+            from lm_eval import evaluator
+
+            for task in tasks.values():  # as `lm_eval.simple_evaluate` does
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=_SEED)
+            found = evaluator.evaluate(player, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+            values = [_per_document(task, found["samples"][own]) for own, task in tasks.items()]
+            scores[name] = np.concatenate(values)
+    return scores
+
+
+def _per_document(task: Any, samples: list[dict[str, Any]]) -> np.ndarray:
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    names = samples[0]["metrics"]
+    metric = next((name for name in MAIN_METRICS if name in names), names[0])
+    aggregate = task.aggregation().get(metric, np.mean)
+    sign = -1 if task.higher_is_better().get(metric) is False else 1
+    return np.array([sign * float(aggregate([sample[metric]])) for sample in samples])
+
+
+@torch.no_grad()
+def _likelihoods(
+    model: Hybrid, length: int, pairs: Sequence[Pair], plans: Plans, advance: Advance
+) -> tuple[list[Likelihoods], int, int]:
+    """Per plan, what the pairs get; and layers times tokens computed, and tokens.
+
+    Args:
+        length: the model's context, tokens; what is longer loses its beginning.
+    """
+    head = LogitsHead(model)
+    found: list[Likelihoods] = [{} for _ in plans]
+    pairs = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1]))  # little padding, and the largest batch first
+    computed = tokens = start = stepped = 0
+    while start < len(pairs):
+        longest = min(length, len(pairs[start][0]) + len(pairs[start][1]))
+        rows = batch_rows(longest, model.config.vocab_size, model.config.hidden_size, 1)
+        some = pairs[start : start + rows]
+        start += len(some)
+        inputs, targets, scored = (part.to(model.device) for part in _padded(some, length))
+        tokens += inputs.numel()
+        for chosen in _chunks(plans, inputs.numel() * model.config.hidden_size * 4):
+            part = [plans[i] for i in chosen]
+            computed += inputs.numel() * count_layers(part)
+            for _, p, final in finals(model, [inputs], part):
+                values, hits = _scores(final[scored], head, targets[scored])
+                owner = scored.nonzero()[:, 0]
+                total = torch.zeros(len(some), dtype=torch.float64, device=owner.device)
+                total.index_add_(0, owner, values.double())
+                missed = torch.bincount(owner[~hits], minlength=len(some))
+                answers = zip(total.tolist(), (missed == 0).tolist(), strict=True)
+                found[chosen[p]].update(zip(some, answers, strict=True))
+        steps = len(plans) * start // len(pairs) - stepped
+        stepped += steps
+        advance(steps)
+    return found, computed, tokens
+
+
+def _padded(pairs: Sequence[Pair], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, T]` each: inputs, the tokens that follow them, and which of these count.
+
+    Padding is on the right, where nothing that counts can see it.
+    """
+    whole = [torch.tensor((context + continuation)[-length - 1 :]) for context, continuation in pairs]
+    counts = [
+        torch.arange(len(tokens) - 1) >= len(tokens) - 1 - len(continuation)
+        for tokens, (_, continuation) in zip(whole, pairs, strict=True)
+    ]
+    parts = [tokens[:-1] for tokens in whole], [tokens[1:] for tokens in whole], counts
+    inputs, targets, scored = (pad_sequence(part, batch_first=True) for part in parts)
+    return inputs, targets, scored
+
+
+def _chunks(plans: Plans, size: int) -> Iterator[list[int]]:
+    """Neighbours in the tree together, as many as memory allows at `size` bytes for each."""
+    most = max(1, _STREAM_BYTES // size)
+    order = sorted(range(len(plans)), key=lambda i: [layer.label for layer in plans[i]])
+    for start in range(0, len(order), most):
+        yield order[start : start + most]
+
+
+def _scores(hidden: Tensor, head: LogitsHead, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`[K, E]` and `[K]` to each target's log-probability in nats and whether it is the likeliest, `[K]` each."""
+    values, hits = [hidden.new_zeros(0)], [targets.new_zeros(0, dtype=torch.bool)]
+    rows = max(1, CHUNK_ELEMENTS // head.out_features)
+    for some, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        found = log_probabilities(some, head)
+        values.append(found.gather(-1, target[:, None])[:, 0])
+        hits.append(found.argmax(-1) == target)
+    return torch.cat(values), torch.cat(hits)
+
+
+class _Until(StoppingCriteria):
+    """Stops a row once what it has written contains one of some strings."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stops, self.start = tokenizer, stops, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+
+
+@torch.no_grad()
+def _texts(
+    model: Hybrid, tokenizer: Any, length: int, prompts: Sequence[tuple[str, str]], plan: Sequence[LayerPlan]
+) -> tuple[Texts, int]:
+    """What a plan writes greedily after each prompt, and the tokens it worked on."""
+    found: Texts = {}
+    worked = 0
+    for settings, group in groupby(sorted(prompts, key=lambda prompt: prompt[1]), key=lambda prompt: prompt[1]):
+        stops, new = _settings(json.loads(settings))
+        if new >= length:
+            raise DataError(f"a task wants {new} tokens written, and the model's context is {length}; use another task")
+        encoded = [(prompt, tokenizer.encode(prompt[0])[new - length :]) for prompt in group]
+        encoded.sort(key=lambda pair: -len(pair[1]))
+        longest = len(encoded[0][1]) + new
+        rows = batch_rows(longest, model.config.vocab_size, model.config.hidden_size, 1)
+        for start in range(0, len(encoded), rows):
+            some = encoded[start : start + rows]
+            ids = pad_sequence([torch.tensor(ids) for _, ids in some], batch_first=True, padding_side="left")
+            there = [torch.ones(len(ids), dtype=torch.long) for _, ids in some]
+            mask = pad_sequence(there, batch_first=True, padding_side="left")
+            with model.mixed(dict(enumerate(plan))):
+                written = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=new,
+                    do_sample=False,
+                    stopping_criteria=[_Until(tokenizer, stops, ids.shape[1])],
+                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                )
+            worked += written.numel()
+            texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            for (prompt, _), text in zip(some, texts, strict=True):
+                for stop in stops:
+                    text = text.split(stop)[0]
+                found[prompt] = text
+    return found, worked
+
+
+def _settings(given: dict[str, Any]) -> tuple[list[str], int]:
+    """The strings that end a text, and how many tokens it has at most."""
+    until = given.get("until") or []
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    limits = [int(given[name]) for name in names if given.get(name) is not None]
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop], [*limits, _NEW_TOKENS][0]
