@@ -1,8 +1,8 @@
-"""What exact prefix reuse saves: analysing one model the naive way (a whole forward pass per candidate) against ours.
+"""What sharing the beginnings of plans saves: scoring plans of one model by a whole forward pass each, against ours.
 
     python benchmarks/prefix_reuse.py
 
-Both compute the same scores of the same candidates on the same batch; that they are bit-equal is asserted. CPU time of
+Both compute the same scores of the same plans on the same batch; that they are bit-equal is asserted. CPU time of
 the process, one thread, interleaved, in one run.
 """
 
@@ -13,12 +13,13 @@ import time
 import torch
 from transformers import Qwen3Config
 
-from layerboost.analyze import candidates_for, measure
+from layerboost.analyze import candidates_for, one_changed
 from layerboost.artifacts import KVShape, ModelRecord
 from layerboost.data.sequences import Sequences
-from layerboost.layer_plan import full_plan
+from layerboost.layer_plan import KEEP, full_plan
 from layerboost.model.config import hybrid_config
 from layerboost.model.hybrid import LogitsHead, model_class
+from layerboost.passes import Scorer
 from layerboost.progress import say
 from layerboost.scoring import final_hidden, log_probabilities, scored_hidden, scored_targets, token_scores
 
@@ -33,8 +34,12 @@ def build(args: argparse.Namespace):
     return model_class("qwen3")(hybrid_config(config, full_plan(args.layers))).eval()
 
 
-def naive(model, data, candidates):
-    """Leave one out: the whole model once per candidate."""
+def ours(model, data, plans):
+    return Scorer(model, data)(plans)
+
+
+def naive(model, data, plans):
+    """The whole model once per plan, and once as teacher."""
     batch, head = data["text"], LogitsHead(model)
     scored, targets = batch.scored, scored_targets(batch)
 
@@ -44,13 +49,19 @@ def naive(model, data, candidates):
         return teacher, token_scores(hidden, head, teacher, targets).per_sequence(scored)
 
     with torch.no_grad():
-        teacher, base = score(None)
-        found = {None: base}
-        for layer, tried in enumerate(candidates):
-            for n, plan in enumerate(tried):
-                with model.mixed({layer: plan}):
-                    found[layer, n] = score(teacher)[1]
+        teacher, _ = score(None)
+        found = []
+        for plan in plans:
+            with model.mixed({i: layer for i, layer in enumerate(plan) if layer.mixer != "full_attention"}):
+                found.append(score(teacher)[1])
     return found
+
+
+def joint_plans(candidates, count):
+    """What a search measures: changes of one layer around a plan that changes several."""
+    plan = [own[i % len(own)] if i % 3 else KEEP for i, own in enumerate(candidates)]
+    around = [[KEEP if i == layer else p for i, p in enumerate(plan)] for layer in range(len(plan))]
+    return [plan, *around][:count]
 
 
 def cpu_seconds(function, *args):
@@ -79,19 +90,21 @@ def main() -> None:
         kv_shape=KVShape(num_key_value_heads=args.hidden // 64, head_dim=32, bytes_per_value=4),
     )  # fmt: skip
     candidates = candidates_for(record, [args.window])
-    ratios = []
-    for repeat in range(args.repeats + 1):
-        ours, our_time = cpu_seconds(measure, model, data, candidates)
-        theirs, their_time = cpu_seconds(naive, model, data, candidates)
-        for key, values in theirs.items():
-            assert (ours[key]["text.kl"] == values["kl"]).all(), key
-            assert (ours[key]["text.nll"] == values["nll"]).all(), key
-        if repeat:  # the first round warms up
-            ratios.append(our_time / their_time)
-            say(f"ours {our_time:.2f} s, naive {their_time:.2f} s, ratio {ratios[-1]:.3f}")
-    spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {args.repeats} repeats)"
-    what = f"{args.layers} layers, {len(candidates[0])} mixers, vocabulary {args.vocabulary}"
-    print(f"CPU time of prefix reuse over naive leave-one-out, {what}: {spread}")
+    sets = {"one layer changed": one_changed(candidates), "around a plan": joint_plans(candidates, args.layers + 1)}
+    for what, plans in sets.items():
+        ratios = []
+        for repeat in range(args.repeats + 1):
+            found, our_time = cpu_seconds(ours, model, data, plans)
+            wanted, their_time = cpu_seconds(naive, model, data, plans)
+            for one, other in zip(found, wanted, strict=True):
+                assert (one["text.kl"] == other["kl"]).all()
+                assert (one["text.nll"] == other["nll"]).all()
+            if repeat:  # the first round warms up
+                ratios.append(our_time / their_time)
+                say(f"{what}: ours {our_time:.2f} s, naive {their_time:.2f} s, ratio {ratios[-1]:.3f}")
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {args.repeats} repeats)"
+        size = f"{args.layers} layers, {len(plans)} plans, vocabulary {args.vocabulary}"
+        print(f"CPU time of shared beginnings over whole passes, {what}, {size}: {spread}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def _record(model: Hybrid, tokens: Tensor, wrap: Callable[[Tensor], Any]) -> Ent
         for layer in layers:
             layer.forward = stand_in
         final = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return None
     finally:
         for layer in layers:

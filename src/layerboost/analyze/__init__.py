@@ -285,7 +285,7 @@ def _table(found: list[Metrics], candidates: list[list[LayerPlan]]) -> list[list
 def _summary(values: np.ndarray) -> Damage:
     if not np.isfinite(values).all():
         raise CheckpointError("the model computes losses that are not finite; check its weights")
-    rounded = np.round(values, 6)
+    rounded = np.round(values, 9)  # estimates can be small
     found = estimate(rounded)
     return Damage(mean=found.mean, low=found.low, high=found.high, per_sequence=rounded.tolist())
 

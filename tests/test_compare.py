@@ -1,0 +1,167 @@
+"""The neutral benchmark: what it runs, that it goes on after a kill, and how it judges."""
+
+import json
+
+import numpy as np
+import pytest
+
+from layerboost import compare, heal
+from layerboost.artifacts import Comparison, Entry, Trial, load
+from layerboost.compare.tables import markdown
+from layerboost.errors import UsageError
+
+SETTINGS = {
+    "seeds": [0], "length": 64, "texts": 2, "answers": 2, "replacement_window": 4,
+    "analyze": {"windows": [4], "texts": 2, "answers": 2},
+    "heal": {"tokens": 128, "length": 64, "batch": 1, "texts": 2, "answers": 2, "rank": 2},
+    "plan": {"texts": 2, "answers": 2, "steps": 2, "batch": 1},
+}  # fmt: skip
+
+
+def job(model, **changes):
+    return compare.Job.model_validate({"models": [str(model)], **SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison")
+    asked = job(checkpoints["qwen3"], kv_reduction=0.3)
+    return asked, out, compare.run(asked, out=out)
+
+
+def test_every_way_is_tried_at_the_budget(finished):
+    asked, out, found = finished
+    names = [entry.name for entry in found.entries]
+    assert names[: len(asked.selectors)] == asked.selectors
+    assert {f"{how} {what}" for how in ("uniform", "periodic", "aware") for what in compare.OPERATORS} <= set(names)
+    tried = [entry for entry in found.entries if entry.trial is not None]
+    assert len(tried) > 20
+    for entry in tried:
+        assert entry.kv_share <= 0.7 + 1e-9
+        assert set(entry.loss) == {"before", "after"}
+        assert entry.loss["after"].low <= entry.loss["after"].mean <= entry.loss["after"].high
+    for entry in found.entries:
+        if entry.trial is None:
+            assert entry.verdict["after"].startswith("no plan: ")
+    assert load(Comparison, out / "comparison.json") == found
+    assert (out / "comparison.png").stat().st_size > 5_000
+    text = (out / "comparison.md").read_text()
+    assert all(f"| {name} |" in text for name in names)
+    labels = {label for entry in tried for label in entry.plan}
+    assert {"linear_attention performer/favor", "linear_attention gla/softmax", "sliding_attention 4 sink"} <= labels
+
+
+def test_ways_of_the_same_plan_share_a_trial(finished):
+    _, out, found = finished
+    trials = {entry.trial: tuple(entry.plan) for entry in found.entries if entry.trial}
+    assert len(set(trials.values())) == len(trials)
+    assert {path.stem for path in out.rglob("trials/*.json")} == set(trials)
+
+
+def test_a_trial_is_what_evaluate_says_of_the_healed_model(finished, tmp_path):
+    """Once more by hand: convert, heal, and the damages of both, on the held-out split."""
+    from layerboost import convert, evaluate
+    from layerboost.artifacts import Plan
+    from layerboost.artifacts import save
+
+    asked, out, found = finished
+    entry = found.entries[0]
+    trial = load(Trial, next(out.rglob(f"{entry.trial}.json")))
+    planned = load(Plan, next(out.rglob("greedy.json")))
+    save(planned, tmp_path / "plan.json")
+    convert.run(asked.models[0], tmp_path / "plan.json", out=tmp_path / "hybrid")
+    heal.run(tmp_path / "hybrid", asked.models[0], asked.heal, out=tmp_path / "healed")
+    config = evaluate.Config(texts=2, answers=2, length=64, distance=32, completions=0)
+    quality = evaluate.run(tmp_path / "healed", asked.models[0], config).models
+    assert np.mean(trial.before["text_kl"]) == pytest.approx(quality["converted"].kl.mean, abs=1e-5)
+    assert np.mean(trial.after["text_kl"]) == pytest.approx(quality["healed"].kl.mean, abs=1e-5)
+    lost = quality["base"].recall["copy"].mean - quality["healed"].recall["copy"].mean
+    assert np.mean(trial.after["copy"]) == pytest.approx(lost, abs=1e-6)
+
+
+def test_it_goes_on_after_a_kill(checkpoints, tmp_path, monkeypatch):
+    asked = job(checkpoints["llama"], selectors=["greedy", "milp", "uniform", "random"], replacements=[])
+    healed = []
+
+    def counted(*args, **kwargs):
+        healed.append(kwargs["out"])
+        if len(healed) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    real = heal.run
+    monkeypatch.setattr(heal, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(asked, out=tmp_path)
+    first = compare.run(asked, out=tmp_path)
+    trials = {entry.trial for entry in first.entries}
+    assert len(healed) == len(trials) + 1  # one of them twice, and none once more
+    assert compare.run(asked, out=tmp_path).entries == first.entries
+    assert len(healed) == len(trials) + 1
+    assert not list(tmp_path.rglob("*.work"))
+
+
+def bout(asked, tmp_path):
+    return compare.Bout(asked, "model", 0, tmp_path)
+
+
+def entry(name):
+    return Entry(model="model", seed=0, name=name, trial=name, plan=[name])
+
+
+def trial(name, loss, recall=0.0, spread=0.1):
+    noise = spread * np.linspace(-1, 1, 8)
+    metrics = {"text_kl": loss + noise, "recall_kl": loss + noise}
+    metrics |= {probe: np.full(8, recall) for probe in ("copy", "key_value", "needle")}
+    plain = {metric: values.tolist() for metric, values in metrics.items()}
+    return Trial(layers=[name], kv_share=0.5, before=plain, after=plain, healing_tokens=1)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "verdict"), [(0.1, 0.2, "wins"), (0.3, 0.2, "loses"), (0.2, 0.2, "ties")])
+def test_verdicts_are_paired(tiny, tmp_path, ours, theirs, verdict):
+    """The noise is larger than the difference, but the same for both."""
+    trials = {"greedy": trial("greedy", ours, spread=5), "milp": trial("milp", theirs, spread=5)}
+    judged = bout(job(tiny), tmp_path)._judged(entry("milp"), trials)
+    assert judged.verdict["after"] == verdict
+    assert judged.against["after"].mean == pytest.approx(ours - theirs)
+    assert judged.verdict["recall after"] == "ties"
+
+
+def test_the_same_plan_is_no_tie(tiny, tmp_path):
+    trials = {"greedy": trial("same", 0.1), "milp": trial("same", 0.1)}
+    assert bout(job(tiny), tmp_path)._judged(entry("milp"), trials).verdict["after"] == "same plan"
+
+
+def test_the_table_counts_verdicts():
+    entries = [
+        Entry(model="m", seed=s, name=name, trial="t", plan=["no_attention"], kv_share=0.5, cost=1,
+              loss={w: {"mean": 1, "low": 1, "high": 1, "count": 2} for w in ("before", "after")},
+              recall_lost={w: {"mean": 0, "low": 0, "high": 0, "count": 2} for w in ("before", "after")},
+              verdict={} if name == "greedy" else {"after": v, "recall after": "ties"})
+        for s, v in enumerate(["wins", "wins", "loses"]) for name in ("greedy", "milp")
+    ]  # fmt: skip
+    assert "| milp | 2 / 0 / 1 / 0 | 0 / 3 / 0 / 0 |" in markdown(Comparison(default="greedy", entries=entries))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [", "cannot be read"),
+        ("seeds: [0]", "key models is missing"),
+        ("{models: [m], selector: [greedy]}", "unknown key selector; did you mean selectors"),
+        ("{models: [m], selectors: [greedy, tiers cosin]}", "'tiers cosin' is not one of"),
+        ("{models: [m], selectors: [milp]}", "selectors must have greedy"),
+        ("{models: [m], replacements: [mamba]}", "'mamba' is not one of"),
+    ],
+)
+def test_wrong_jobs(tmp_path, text, message):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        compare.load_job(path)
+
+
+def test_a_job_from_a_file(tmp_path, tiny):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({"models": [str(tiny)], "heal": {"tokens": "50k"}}))
+    assert compare.load_job(path).heal.tokens == 50_000
