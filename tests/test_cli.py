@@ -53,6 +53,41 @@ def test_the_verbs_one_by_one(session):
     assert results["verify"].output.count("yes") == 6
 
 
+@pytest.mark.parametrize("planner", ["greedy", "milp", "gates", "tiers", "uniform", "periodic", "random"])
+def test_every_planner_by_name(session, tiny, tmp_path, planner):
+    root, _ = session
+    few = ["measuring.texts=2", "measuring.answers=2", "measuring.length=64", "measuring.steps=2"]
+    words = ["plan", root / "sensitivity.json", "--out", tmp_path / "plan.json", "--model", tiny, *few]
+    done = call(*words, "--planner", planner, "--kv-reduction", "0.6", "--context", "128", "--engine", "vllm")
+    assert done.exit_code == 0, done.output
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    assert raw["planner"]["planner"] == planner
+    assert raw["predicted"]["kv_share"] <= 0.4
+    assert raw["predicted"]["engine"] == "vllm"
+    assert "what other budgets would give" in done.output
+    assert ("measured: " in done.output) == (planner in ("greedy", "gates"))
+    assert call("convert", tiny, tmp_path / "plan.json", "--out", tmp_path / "hybrid").exit_code == 0
+
+
+def test_flags_of_plan(session, tiny, tmp_path):
+    root, _ = session
+    words = ["plan", root / "sensitivity.json", "--out", tmp_path / "plan.json", "--planner", "milp"]
+
+    def layers(*flags):
+        done = call(*words, *flags)
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    assert sum(layer["mixer"] == "full_attention" for layer in layers("--full-layers", 1)["layers"]) <= 1
+    assert layers("--kv-bytes", 100, "--context", 128)["predicted"]["kv_bytes"]["hybrid"] <= 100 * 128
+    assert layers("--max-loss", 0.1)["predicted"]["loss"] <= 0.1
+    fast = ["--throughput", 1.2, "--device", "a10", "--model", tiny, "concurrency=30", "kv_memory=200000"]
+    found = layers(*fast, "prompt_tokens=100", "output_tokens=20")
+    assert found["predicted"]["throughput"] >= 1.2
+    assert found["planner"]["device_profile"] == "a10"
+    assert call(*words, *fast, "--planner", "best").exit_code == 2
+
+
 def test_verify_fails_with_its_own_exit_code(session, tiny):
     root, _ = session
     found = call("verify", root / "hybrid", "--against", root / "healed")
@@ -130,6 +165,10 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         (3, "is not a folder", ["inspect", tmp_path / "plan.json"]),
         (4, "layer 0: mixer", ["convert", tiny, tmp_path / "plan.json", "--out", out]),
         (4, "cannot be met", ["plan", root / "sensitivity.json", "--out", out, "at_least.full_attention=4"]),
+        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--planner", "greedy"]),
+        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--pilots", "2"]),
+        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--throughput", "2"]),
+        (4, "analyze it", ["plan", root / "sensitivity.json", "--out", out, "--model", stranger]),
         (4, "does not exist", ["plan", tmp_path / "nowhere.json", "--out", out]),
         (4, "schema must be 1", ["plan", tiny / "config.json", "--out", out]),
         (5, "holds no UTF-8 text", ["analyze", tiny, "--out", out, f"text={tmp_path / 'empty'}"]),

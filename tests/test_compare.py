@@ -61,8 +61,7 @@ def test_ways_of_the_same_plan_share_a_trial(finished):
 def test_a_trial_is_what_evaluate_says_of_the_healed_model(finished, tmp_path):
     """Once more by hand: convert, heal, and the damages of both, on the held-out split."""
     from layerboost import convert, evaluate
-    from layerboost.artifacts import Plan
-    from layerboost.artifacts import save
+    from layerboost.artifacts import Plan, save
 
     asked, out, found = finished
     entry = found.entries[0]

@@ -23,7 +23,8 @@ from tests.tiny import make_checkpoint
 
 SMALL = (
     "analyze.texts=4", "analyze.answers=4", "analyze.length=96", "analyze.windows=[4, 16]",
-    "plan.kv_reduction=0.5", "plan.at_least={full_attention: 1, sliding_attention: 1, no_attention: 1}",
+    "plan.kv_reduction=0.5", "plan.measuring={texts: 2, answers: 2, length: 64}",
+    "plan.at_least={full_attention: 1, sliding_attention: 1, no_attention: 1}",
     "heal.tokens=4k", "heal.length=64", "heal.rank=4", "heal.texts=2", "heal.answers=2",
     "evaluate.texts=4", "evaluate.answers=4", "evaluate.length=96", "evaluate.completions=1", "evaluate.new_tokens=4",
     "bench.context=64", "bench.new_tokens=4", "bench.batch=2", "bench.repeats=2",
@@ -92,6 +93,28 @@ def test_converted_quality_is_that_of_the_converted_checkpoint(finished, tiny):
     assert (
         again.models["converted"].kl.mean == json.loads((out / "result.json").read_text())["quality"]["converted"]["kl"]
     )
+
+
+def test_whole_plans_are_measured_where_nothing_else_is_said(finished):
+    out, _ = finished
+    raw = json.loads((out / "plan.json").read_text())
+    assert raw["planner"]["planner"] == "greedy"
+    assert raw["measured"]["loss"] > 0
+    assert raw["measured"]["cost"]["forwards"] > 1
+    assert [point["measured"] for point in raw["front"] if point["chosen"]] == [True]
+
+
+def test_a_plan_at_the_budget_nobody_gave_is_current(finished, tiny, tmp_path):
+    out, _ = finished
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sensitivity.json").write_bytes((out / "sensitivity.json").read_bytes())
+    without = load_recipe("default", [setting for setting in SMALL if not setting.startswith("plan.kv_reduction")])
+    planning = pipeline.stages(tiny, tiny, without, tmp_path / "run")[1]
+    assert not planning.is_current()
+    planning.make(planning.path)
+    assert planning.is_current()
+    other = load_recipe("default", [*SMALL, "plan.kv_reduction=0.6"])
+    assert not pipeline.stages(tiny, tiny, other, tmp_path / "run")[1].is_current()
 
 
 def test_a_second_run_does_nothing_again(finished, tiny, recipe):

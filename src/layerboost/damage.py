@@ -69,7 +69,8 @@ def resampled_losses(
         share = rng.multinomial(count, np.full(count, 1 / count), resamples).T / count  # [sequences, R]
         for losses, layer in zip(total, values, strict=True):
             if layer:
-                losses += weight * (np.array(layer) @ share)
+                # one by one: how a product of several rows is rounded depends on how many there are
+                losses += weight * np.array([np.array(row) @ share for row in layer])
     return total
 
 
@@ -113,20 +114,17 @@ def reason(plan: LayerPlan, candidates: list[Candidate], weights: dict[str, floa
     return f"{costs}; {others}" if others else costs
 
 
-_OTHERS = {
-    "text": "text",
-    "long": "answer",
-    "prompts": "prompts",
-}  # kinds of sequences, and their metrics
+_OTHERS = {"text": "text", "long": "answer", "prompts": "prompts"}  # kinds of sequences, and their metrics
 
 
 def damages(base: dict[str, np.ndarray], changed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What got worse, per metric and sequence, from per-sequence scores such as `text.kl` of the untouched and of the
     changed model.
 
-    `text_kl`, `text_nll` (growth) over text; `recall_kl`, `recall_nll` over all recall probes' answers, and each
-    probe's accuracy lost under its own name, with `@distance` where several were asked for; `answer_*` over answers of long
-    prompts; `prompts_*` over a user's own; `generation`, how much earlier a greedy completion leaves the original's.
+    `text_kl`, `text_nll` (growth) over text; `recall_kl`, `recall_nll` over all recall probes' answers, and over those
+    of one `@distance` where several were asked for; each probe's accuracy lost under its own name; `answer_*` over
+    answers of long prompts; `prompts_*` over a user's own; `generation`, how much earlier a greedy completion leaves
+    the original's.
     """
     kinds = list(dict.fromkeys(key.partition(".")[0] for key in base))
     recall = [kind for kind in kinds if kind not in _OTHERS and kind != "generation"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from layerboost import analyze, bench, evaluate, heal
+from layerboost import analyze, bench, evaluate, heal, plan
 from layerboost.model.config import family_of, stock_class
 from layerboost.model.loading import pick_device
 from layerboost.recipe import Recipe
@@ -35,12 +35,17 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
     evaluated, benched = recipe.section(evaluate.Config, "evaluate"), recipe.section(bench.Config, "bench")
     forward = 2 * (parameters - embedding + config.vocab_size * config.hidden_size)
-    suffixes = (layers + 1) / 2 * (1 + 2 if analyzed.windows is None else 1 + len(analyzed.windows))
+    mixers = 1 + len(analyzed.mixers) + (2 if analyzed.windows is None else len(analyzed.windows))
+    suffixes = (layers + 1) / 2 * mixers + 6  # the cheap estimates take six passes
     looked_at = (analyzed.texts + 3 * analyzed.answers) * analyzed.length
     scored = (evaluated.texts + 3 * evaluated.answers) * evaluated.length
+    planned = recipe.section(plan.Config, "plan")
+    searched = planned.planner in (None, "greedy")
+    measured = (planned.measuring.texts + 3 * planned.measuring.answers) * planned.measuring.length
     context = benched.context or min(config.max_position_embeddings, 1_024)
     work = {
         "analyze": forward * looked_at * (1 + suffixes),
+        "plan": forward * measured * planned.measuring.naive_passes * (1 + layers * mixers) if searched else 0.0,
         "convert": 0.0,
         "heal": forward * healing.tokens * 4.0,  # teacher, student, and a backward pass through frozen weights
         "evaluate": forward * scored * 3,

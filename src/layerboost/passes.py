@@ -81,7 +81,7 @@ def _record(model: Hybrid, tokens: Tensor, wrap: Callable[[Tensor], Any]) -> Ent
         for layer in layers:
             vars(layer).pop("forward", None)
     handed_on = len(inputs) == len(layers) and all(hidden is inputs[0] for hidden in inputs)
-    if not handed_on or not torch.equal(model.final_norm(inputs[0]), final):
+    if not handed_on or not torch.allclose(model.final_norm(inputs[0]), final, rtol=0, atol=0, equal_nan=True):
         return None
     return Entry(inputs[0], arguments)
 
@@ -164,7 +164,7 @@ class Scorer:
     def __post_init__(self) -> None:
         config = self.model.config
         length = max(sequences.tokens.shape[1] for sequences in self.data.values())
-        self.rows = batch_rows(length, config.vocab_size, config.hidden_size, 1)
+        self.rows = batch_rows(length, config.vocab_size, config.hidden_size, 1, self.model.device)
         self.batches = [(kind, batch) for kind, found in self.data.items() for batch in found.batches(self.rows)]
         self.head = LogitsHead(self.model)
         self.tokens = sum(batch.tokens.numel() for _, batch in self.batches)

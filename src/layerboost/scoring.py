@@ -47,9 +47,14 @@ class TokenScores:
         }
 
 
-def batch_rows(length: int, vocabulary: int, hidden: int, layers: int) -> int:
-    """Sequences per batch, so that logits and captured hidden states stay near half a gigabyte each."""
-    return max(1, min(2**27 // (length * vocabulary), 2**27 // (length * hidden * layers), 8_192 // length))
+def batch_rows(length: int, vocabulary: int, hidden: int, layers: int, device: torch.device | None = None) -> int:
+    """Sequences per batch, so that logits and captured hidden states stay near half a gigabyte each; on a GPU more, by
+    the memory that it has, whatever is free: the same machine gives the same batches, and so the same numbers."""
+    scale = 1
+    if device is not None and device.type == "cuda":
+        scale = max(1, torch.cuda.get_device_properties(device).total_memory // 2**34)
+    logits, states = 2**27 // (length * vocabulary), 2**27 // (length * hidden * layers)
+    return max(1, scale * min(logits, states, 8_192 // length))
 
 
 def scored_hidden(hidden: Tensor, scored: Tensor) -> Tensor:

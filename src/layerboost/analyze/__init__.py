@@ -108,7 +108,8 @@ def inputs(model: ModelRecord, folder: Path, config: Config) -> dict[str, str]:
     if config.prompts is not None:
         found["prompts"] = file_digest(config.prompts)
     if config.task_folder is not None:
-        found |= {f"task {path.name}": file_digest(path) for path in sorted(config.task_folder.rglob("*.yaml"))}
+        files = sorted(path for kind in ("*.yaml", "*.py") for path in config.task_folder.rglob(kind))
+        found |= {f"task {path.relative_to(config.task_folder)}": file_digest(path) for path in files}
     return found
 
 
@@ -180,7 +181,8 @@ def default_windows(context: int) -> list[int]:
 
 
 def candidates_for(model: ModelRecord, windows: list[int], mixers: Sequence[LayerPlan] = ()) -> list[list[LayerPlan]]:
-    """Per layer: removal, and each window that is narrower than what the layer sees anyway; then further mixers.
+    """Per layer: removal, and each window that is narrower than what the layer sees anyway; then further mixers, as far
+    as they see no more than the layer does.
 
     Raises:
         UsageError: a further mixer is there already, or keeps the layer as it is.
@@ -190,10 +192,12 @@ def candidates_for(model: ModelRecord, windows: list[int], mixers: Sequence[Laye
         if mixer.mixer == "full_attention" or any(mixer.alike(other) for other in tried):
             raise UsageError(f"mixers: {mixer.label} is tried anyway; leave it out")
         tried.append(mixer)
-    return [
-        [plan for plan in tried if plan.window is None or native is None or plan.window < native]
-        for native in model.native_windows
-    ]
+    return [[plan for plan in tried if native is None or _narrows(plan, native)] for native in model.native_windows]
+
+
+def _narrows(plan: LayerPlan, native: int) -> bool:
+    """Whether it sees less than a native window; linear attention looks back further."""
+    return plan.mixer == "no_attention" or (plan.mixer == "sliding_attention" and (plan.window or 0) < native)
 
 
 def one_changed(candidates: list[list[LayerPlan]]) -> list[list[LayerPlan]]:

@@ -32,8 +32,9 @@ class Looking:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.corpus = open_corpus(config.text)
         self.context: int = model.config.max_position_embeddings
+        self.widest = max([0, *windows, *(mixer.window or 0 for mixer in config.mixers)])
         asked = config.distance if isinstance(config.distance, list) else [config.distance]
-        found = [probe_lengths(config.length, distance, windows, self.context) for distance in asked]
+        found = [probe_lengths(config.length, distance, [self.widest], self.context) for distance in asked]
         self.length, self.distances = max(length for length, _ in found), [distance for _, distance in found]
         if self.length != config.length:
             say(
@@ -72,6 +73,11 @@ class Looking:
     def _long(self, seed: int) -> Sequences:
         """Answers to questions about what stands early in long prompts."""
         length = min(self.config.long_length or 4 * self.length, self.context)
+        if length // 2 < self.widest:
+            raise DataError(
+                f"long prompts of {length} tokens ask for what is {length // 2} tokens back, within a window of "
+                f"{self.widest}; choose a long_length of at least {2 * self.widest}, or narrower windows"
+            )
         maker = probe_maker(
             self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", length=length, seed=seed + 1
         )
@@ -89,6 +95,16 @@ class Looking:
         """Beginnings of text with the original's own greedy completion, which is what counts."""
         asked = self.config.new_tokens
         prompts = text.tokens[: self.config.generations, : self.length // 2].to(self.model.device)
+        if len(prompts) < self.config.generations:
+            raise DataError(
+                f"generations {self.config.generations} begin with {len(text)} texts; ask for as many texts or fewer "
+                "generations"
+            )
+        if prompts.shape[1] + asked > self.context:
+            raise DataError(
+                f"{prompts.shape[1]} tokens of text and {asked} new_tokens do not fit the model's context of "
+                f"{self.context}; ask for fewer new_tokens or a shorter length"
+            )
         tokens = self.model.generate(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=asked,
             min_new_tokens=asked, pad_token_id=0, temperature=None, top_p=None, top_k=None,

@@ -76,7 +76,7 @@ class Measuring(Record):
     answers: int = Field(32, ge=2)
     length: int = Field(256, ge=64)
     distance: int | None = Field(None, ge=1)
-    naive_passes: float = Field(5.0, gt=0)
+    naive_passes: float = Field(3.0, gt=0)
     steps: int = Field(100, ge=1)
     batch: int = Field(4, ge=1)
     learning_rate: float = Field(0.1, gt=0)
@@ -175,13 +175,13 @@ def run(
     Raises:
         PlanError: the sensitivity cannot be read, the budget cannot be met, or the planner needs the model.
     """
-    config = config or Config()
+    asked = config or Config()
     if not isinstance(sensitivity, Sensitivity):
         sensitivity = load(Sensitivity, sensitivity)
     check(sensitivity)
     folder = None if model is None else find_model(model)
-    planner = config.planner or ("milp" if folder is None else "greedy")
-    config = _settled(config, planner)
+    planner = asked.planner or ("milp" if folder is None else "greedy")
+    config = _settled(asked, planner)
     model_config = None
     if folder is not None:
         model_config = read_config(folder)
@@ -195,14 +195,14 @@ def run(
     found = PLANNERS[planner](sensitivity, budget, config, folder)
     if config.pilots:
         found = _piloted(found, budget, config, folder, pilot)
-    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, config, folder))
+    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder))
     if out is not None and ranks()[0] == 0:
         save(plan, out)
     return plan
 
 
 def _settled(config: Config, planner: PLANNER) -> Config:
-    """With the default budget, where none was given.
+    """With the planner, and with the default budget where none was given.
 
     Raises:
         PlanError: something was asked for that the planner would not look at.
@@ -218,9 +218,10 @@ def _settled(config: Config, planner: PLANNER) -> Config:
         )
     if config.max_loss is not None and planner not in ("greedy", "milp"):
         raise PlanError(f"planner {planner} knows no max_loss; use greedy or milp, or another budget")
+    settled: dict[str, Any] = {"planner": planner}
     if not config.has_budget and not cut:
-        return config.model_copy(update={"kv_reduction": DEFAULT_KV_REDUCTION})
-    return config
+        settled["kv_reduction"] = DEFAULT_KV_REDUCTION
+    return config.model_copy(update=settled)
 
 
 def _milp(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
@@ -259,8 +260,8 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
         layers = search.run(start, config.max_loss)
         advance()
     say(
-        f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is {search.spent / naive:.2f} "
-        f"naive passes of {naive}"
+        f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is "
+        f"{search.spent / naive:.2f} naive passes of {naive}"
     )
     losses = {tuple(layer.label for layer in plan): loss for plan, loss in search.known.items()}
     met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
@@ -372,12 +373,13 @@ def _plan(sensitivity: Sensitivity, found: Found, budget: Budget, config: Config
 def _front(sensitivity: Sensitivity, found: Found, budget: Budget, weights: dict[str, float]) -> list[FrontPoint]:
     """Of all plans at hand those that no other beats, and the chosen one; measured losses where there are some."""
     points: dict[tuple[str, ...], FrontPoint] = {}
+    known = [{c.plan.label: candidate_loss(c, weights) for c in own} | {KEEP.label: 0.0} for own in sensitivity.layers]
     for layers in [found.layers, *found.others]:
         labels = tuple(layer.label for layer in layers)
         loss = found.losses.get(labels)
         measured = loss is not None
-        if loss is None:
-            loss = predicted_loss(sensitivity, layers, weights)
+        if loss is None and all(label in own for label, own in zip(labels, known, strict=True)):
+            loss = sum(own[label] for label, own in zip(labels, known, strict=True))
         if loss is not None and (measured or not found.losses) and labels not in points:
             points[labels] = FrontPoint(
                 loss=round(loss, 6), measured=measured, kv_share=round(budget.kv_share(layers), 6), layers=list(labels),

@@ -1,8 +1,11 @@
 """What a plan must meet, in the user's own words, and what it costs against that."""
 
+import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from layerboost import cost
@@ -11,7 +14,8 @@ from layerboost.cost.device import find_device
 from layerboost.cost.work import Workload
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan, full_plan
-from layerboost.vllm.kv import GPU_BLOCK, grouped, kv_layout, layers_by_window
+from layerboost.vllm import check_servable
+from layerboost.vllm.kv import GPU_BLOCK, KVLayout, grouped, kv_layout, layers_by_window, padded_bytes
 
 if TYPE_CHECKING:
     from layerboost.plan import Config
@@ -64,15 +68,18 @@ class Budget:
         """Cache of one sequence of `context` tokens: what it holds, or on vLLM with blocks and padded groups."""
         if not self.on_vllm:
             return self.model.kv_bytes(layers, self.context)
-        return self.made_up_bytes(layers_by_window(layers, self.model.native_windows))
+        kinds = layers_by_window(layers, self.model.native_windows)
+        return int(self.made_up_bytes(np.array([list(kinds.values())]), list(kinds))[0]) if kinds else 0
 
-    def made_up_bytes(self, kinds: Any) -> int:
-        """On vLLM, of so many layers of each window."""
-        kinds = {window: count for window, count in kinds.items() if count}
-        if not kinds:
-            return 0
-        layout = grouped(kinds, self.model.kv_shape.bytes_per_token, self.config.block_size or GPU_BLOCK)
-        return layout.sequence_bytes(self.context + 1)
+    def layout(self, kinds: Mapping[int | None, int]) -> KVLayout:
+        """vLLM's cache of so many layers of each window."""
+        present = {window: count for window, count in kinds.items() if count}
+        return grouped(present, self.model.kv_shape.bytes_per_token, self.config.block_size or GPU_BLOCK)
+
+    def made_up_bytes(self, counts: np.ndarray, windows: list[int | None]) -> np.ndarray:
+        """On vLLM, of plans with so many layers `[M, K]` of each window."""
+        block = self.config.block_size or GPU_BLOCK
+        return padded_bytes(counts, windows, self.model.kv_shape.bytes_per_token, block, self.context + 1)
 
     def kv_share(self, layers: list[LayerPlan]) -> float:
         return self.kv_bytes(layers) / max(self.base_bytes, 1)
@@ -106,7 +113,9 @@ class Budget:
         return cost.predict(work, layout, memory, load, device, max_batched_tokens=8_192).tokens_per_second
 
     def excess(self, layers: list[LayerPlan]) -> float:
-        """How far a plan is from meeting the limits; 0 where it meets them all."""
+        """How far a plan is from meeting the limits; 0 where it meets them all, infinite where vLLM cannot run it."""
+        if self.on_vllm and not _servable(layers):
+            return math.inf
         count = self.model.num_layers
         missing = [
             max(0, fewest - sum(plan.mixer == mixer for plan in layers)) / count
@@ -117,7 +126,7 @@ class Budget:
             total += max(0.0, self.kv_share(layers) - self.kv_limit)
         if self.most_full is not None:
             total += max(0, sum(plan.mixer == "full_attention" for plan in layers) - self.most_full) / count
-        if self.throughput is not None and any(plan.mixer != "no_attention" for plan in layers):
+        if self.throughput is not None:
             total += max(0.0, self.throughput - self.speedup(layers))
         return total
 
@@ -133,3 +142,11 @@ class Budget:
         found = [f"{name} {limit}" for name, limit in limits.items() if limit is not None]
         found += [f"at_least.{mixer} {fewest}" for mixer, fewest in self.at_least.items() if fewest]
         return ", ".join(found)
+
+
+def _servable(layers: list[LayerPlan]) -> bool:
+    try:
+        check_servable(layers)
+    except PlanError:
+        return False
+    return True

@@ -8,8 +8,10 @@ L layers, K kinds of cache in a plan.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from layerboost.layer_plan import KEEP, LayerPlan
 from layerboost.plan.budget import Budget
 
 Losses = Sequence[Sequence[float]]
+Kind = tuple[str, int | None]  # mixer, and the window that the layer then has
 _NEVER = np.inf
 
 
@@ -39,7 +42,7 @@ def plan_milp(
     count, config = sensitivity.model.num_layers, budget.config
     choices = options(sensitivity, budget.context, weights, losses)
     find = functools.partial(solve, choices, count, at_least=budget.at_least, most_full=budget.most_full)
-    front = hull(choices, count)
+    front = thinned(hull(choices, count))
     if budget.kv_limit is None and config.max_loss is not None:
         chosen = find(minimise="kv", loss=config.max_loss)
         if chosen is None:
@@ -62,6 +65,12 @@ def plan_milp(
     return chosen, front
 
 
+def thinned(front: list[Any], most: int = 24) -> list[Any]:
+    """At most so many of them, both ends included."""
+    places = np.linspace(0, len(front) - 1, min(most, len(front))).round().astype(int)
+    return [front[n] for n in places]
+
+
 def _loss(sensitivity: Sensitivity, layers: list[LayerPlan], weights: dict[str, float], losses: Losses | None) -> float:
     table = loss_table(sensitivity, weights, losses)
     return sum(next(x for p, x in own if p.alike(plan)) for own, plan in zip(table, layers, strict=True))
@@ -79,16 +88,26 @@ def loss_table(
 
 @dataclass(frozen=True)
 class MakeUp:
-    """How many layers keep how much, and the plan of least loss that is made up so.
+    """How many layers have which mixer and keep how much, and the plan of least loss that is made up so.
 
     Attributes:
-        kinds: layers by window; None keeps everything.
+        kinds: layers by mixer and window; None keeps everything.
+        kv: share of the base model's cache in the engine.
     """
 
-    kinds: dict[int | None, int]
+    kinds: dict[Kind, int]
     loss: float
+    kv: float
     table: "Table"
     place: tuple[int, ...]
+
+    @property
+    def windows(self) -> Counter[int | None]:
+        """How many layers keep how much, whatever their mixer."""
+        found: Counter[int | None] = Counter()
+        for (_, window), count in self.kinds.items():
+            found[window] += count
+        return found
 
     @property
     def layers(self) -> list[LayerPlan]:
@@ -102,10 +121,11 @@ class Table:
 
     Args:
         rows: per layer, (kind or -1 for none, plan, loss).
-        kinds: windows that the kinds stand for.
+        kinds: what the kinds stand for. A layer's own window is another kind than a window in its place, however wide:
+            budgets may count mixers.
     """
 
-    def __init__(self, rows: list[list[tuple[int, LayerPlan, float]]], kinds: list[int | None]) -> None:
+    def __init__(self, rows: list[list[tuple[int, LayerPlan, float]]], kinds: list[Kind]) -> None:
         self.rows, self.kinds = rows, kinds
         most = [sum(any(kind == k for kind, _, _ in row) for row in rows) for k in range(len(kinds))]
         best = np.full([n + 1 for n in most], _NEVER)
@@ -117,13 +137,16 @@ class Table:
             best = after.min(0)
         self.best = best
 
-    def make_ups(self) -> Iterator[MakeUp]:
-        """All that can be made, least loss first."""
+    def make_ups(self, budget: Budget) -> Iterator[MakeUp]:
+        """All that can be made and that keep something; an engine without any cache is of no use."""
         places = np.argwhere(np.isfinite(self.best))
+        places = places[places.sum(1) > 0]
         losses = self.best[tuple(places.T)]
-        for n in np.argsort(losses, kind="stable"):
-            place = tuple(int(x) for x in places[n])
-            yield MakeUp(dict(zip(self.kinds, place, strict=True)), float(losses[n]), self, place)
+        windows = list(dict.fromkeys(window for _, window in self.kinds))
+        same = np.array([[window == other for other in windows] for _, window in self.kinds], dtype=int)
+        shares = budget.made_up_bytes(places @ same, windows) / max(budget.base_bytes, 1)
+        for place, loss, share in zip(places.tolist(), losses.tolist(), shares.tolist(), strict=True):
+            yield MakeUp(dict(zip(self.kinds, place, strict=True)), loss, share, self, tuple(place))
 
     def plan(self, place: tuple[int, ...]) -> list[LayerPlan]:
         layers = []
@@ -151,13 +174,13 @@ def tables(sensitivity: Sensitivity, weights: dict[str, float], losses: Losses |
     choices: list[int | None] = [*windows] or [None]
     for window in choices:
         rows: list[list[tuple[int, LayerPlan, float]]] = []
-        kinds: list[int | None] = []
+        kinds: list[Kind] = []
         for native, own in zip(sensitivity.model.native_windows, table, strict=True):
             best: dict[int, tuple[int, LayerPlan, float]] = {}
             for plan, loss in own:
                 if plan.mixer == "linear_attention" or plan.window not in (None, window):
                     continue
-                keeps = native if plan.alike(KEEP) else plan.window
+                keeps: Kind = (plan.mixer, native if plan.alike(KEEP) else plan.window)
                 if plan.mixer != "no_attention" and keeps not in kinds:
                     kinds.append(keeps)
                 kind = -1 if plan.mixer == "no_attention" else kinds.index(keeps)
@@ -171,17 +194,16 @@ def tables(sensitivity: Sensitivity, weights: dict[str, float], losses: Losses |
 def _by_make_up(
     sensitivity: Sensitivity, budget: Budget, weights: dict[str, float], losses: Losses | None
 ) -> tuple[list[LayerPlan], list[list[LayerPlan]]]:
-    every = [m for table in tables(sensitivity, weights, losses) for m in table.make_ups() if any(m.kinds.values())]
-    every.sort(key=lambda m: m.loss)
-    shares = {id(m): budget.made_up_bytes(m.kinds) / max(budget.base_bytes, 1) for m in every}
+    every = [m for table in tables(sensitivity, weights, losses) for m in table.make_ups(budget)]
+    every.sort(key=lambda m: (m.loss, m.kv))
     max_loss = budget.config.max_loss
-    front = [m.layers for m in _envelope(every, shares)]
+    front = [m.layers for m in thinned(_envelope(every))]
     if max_loss is not None and budget.kv_limit is None and budget.throughput is None:
         met = [m for m in every if m.loss <= max_loss + 1e-9 and budget.met(m.layers)]
         if not met:
             raise PlanError(f"{budget.describe()} cannot be met together; allow more loss")
-        return min(met, key=lambda m: (shares[id(m)], m.loss)).layers, front
-    chosen = _first_met(every, shares, budget)
+        return min(met, key=lambda m: (m.kv, m.loss)).layers, front
+    chosen = _first_met(every, budget)
     if chosen is None:
         raise PlanError(
             f"{budget.describe()} cannot be met with the candidates that were measured; ask for less, measure narrower "
@@ -195,31 +217,39 @@ def _by_make_up(
     return chosen.layers, front
 
 
-def _first_met(every: list[MakeUp], shares: dict[int, float], budget: Budget) -> MakeUp | None:
+def _first_met(every: list[MakeUp], budget: Budget) -> MakeUp | None:
     """The make-up of least loss that meets the budget. Playing an engine through takes time: what keeps at least as
-    much of everything as one that was too slow is too slow as well."""
-    slow: list[MakeUp] = []
+    much of everything as one that was too slow, padding included, is too slow as well."""
+    slow: list[Counter[tuple[str, int | None]]] = []
     for m in every:
-        if budget.kv_limit is not None and shares[id(m)] > budget.kv_limit + 1e-9:
+        if budget.kv_limit is not None and m.kv > budget.kv_limit + 1e-9:
             continue
-        if any(_keeps_as_much(m.kinds, other.kinds) for other in slow):
+        kept = _kept(m, budget) if slow else Counter()
+        if any(all(kept[key] >= count for key, count in other.items()) for other in slow):
             continue
         layers = m.layers
         if budget.met(layers):
             return m
         if budget.throughput is not None and budget.speedup(layers) < budget.throughput:
-            slow.append(m)
+            slow.append(_kept(m, budget))
     return None
 
 
-def _keeps_as_much(kinds: dict[int | None, int], other: dict[int | None, int]) -> bool:
-    return set(other) <= set(kinds) and all(kinds[window] >= count for window, count in other.items())
+def _kept(m: MakeUp, budget: Budget) -> Counter[tuple[str, int | None]]:
+    """Layers that work, and bytes that a token takes in padded groups, by window."""
+    found: Counter[tuple[str, int | None]] = Counter()
+    for window, count in m.windows.items():
+        found["layers", window] += count
+    layout = budget.layout(m.windows)
+    for window in layout.windows:
+        found["bytes", window] += layout.block_bytes
+    return found
 
 
-def _envelope(every: list[MakeUp], shares: dict[int, float]) -> list[MakeUp]:
+def _envelope(every: list[MakeUp]) -> list[MakeUp]:
     """Those that no other beats in both loss and cache, from the largest cache down."""
     found: list[MakeUp] = []
     for m in every:
-        if not found or shares[id(m)] < shares[id(found[-1])]:
+        if not found or m.kv < found[-1].kv:
             found.append(m)
     return found

@@ -1,9 +1,11 @@
 """The paper's rule: rank layers by one score, keep the first, window the next, remove the rest (arXiv 2604.22050)."""
 
+import itertools
+import math
 from typing import TYPE_CHECKING
 
 from layerboost.artifacts import Sensitivity
-from layerboost.damage import damage_of, predicted_loss
+from layerboost.damage import candidate_loss, damage_of
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan, MixerName
 
@@ -57,21 +59,33 @@ def plan_tiers(
 def _best_cut(
     sensitivity: Sensitivity, config: "Tiers", scores: list[float], budget: "Budget", weights: dict[str, float]
 ) -> list[LayerPlan]:
-    count = len(scores)
+    count, order = len(scores), _ranked(scores)
     windows: list[int | None] = [config.window] if config.window else [*measured_windows(sensitivity)]
-    best: tuple[float, list[LayerPlan]] | None = None
-    for window in windows or [None]:
+    cuts: list[tuple[float, int, int, int]] = []
+    for n, window in enumerate(windows or [None]):
+        names: list[MixerName] = ["no_attention", "sliding_attention" if window else "no_attention"]
+        every = [_layers(sensitivity, config, scores, [name] * count, window) for name in names]
+        losses = [_costs(sensitivity, layers, weights) for layers in every]
+        removed, windowed = ([own[i] for i in order] for own in losses)
+        rest = [*itertools.accumulate(reversed(removed), initial=0.0)][::-1]  # of removing all from a place on
         for full in range(count + 1):
-            for sliding in range(count - full + 1) if window else [0]:
-                layers = _layers(sensitivity, config, scores, _by_count(scores, full, sliding), window)
-                if not budget.met(layers):
-                    break  # a longer second tier keeps more
-                loss = predicted_loss(sensitivity, layers, weights)
-                if loss is not None and (best is None or loss < best[0]):
-                    best = loss, layers
-    if best is None:
-        raise PlanError(f"{budget.describe()} cannot be met by any two cuts of the ranking; ask for less")
-    return best[1]
+            middle = itertools.accumulate(windowed[full:] if window else (), initial=0.0)
+            cuts += [(loss + rest[full + sliding], n, full, sliding) for sliding, loss in enumerate(middle)]
+    for loss, n, full, sliding in sorted(cuts):
+        window = (windows or [None])[n]
+        layers = _layers(sensitivity, config, scores, _by_count(scores, full, sliding), window)
+        if math.isfinite(loss) and budget.met(layers):
+            return layers
+    raise PlanError(f"{budget.describe()} cannot be met by any two cuts of the ranking; ask for less")
+
+
+def _costs(sensitivity: Sensitivity, layers: list[LayerPlan], weights: dict[str, float]) -> list[float]:
+    """Every layer's loss; infinite where its mixer was not measured."""
+    costs = []
+    for plan, own in zip(layers, sensitivity.layers, strict=True):
+        measured = [candidate_loss(c, weights) for c in own if c.plan.alike(plan)]
+        costs.append(0.0 if plan.mixer == "full_attention" else measured[0] if measured else math.inf)
+    return costs
 
 
 def measured_windows(sensitivity: Sensitivity) -> list[int]:

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from layerboost.layer_plan import LayerPlan
 from layerboost.vllm import check_servable
 
@@ -83,6 +85,21 @@ def grouped(kinds: Mapping[int | None, int], layer_bytes: int, block_size: int) 
         windows=windows,
         used_share=sum(kinds.values()) / (size * len(windows)),
     )
+
+
+def padded_bytes(
+    counts: np.ndarray, windows: list[int | None], layer_bytes: int, block: int, tokens: int
+) -> np.ndarray:
+    """Cache of one sequence at its end under many plans at once, in bytes: `grouped` and `sequence_bytes` for each.
+
+    Args:
+        counts: `[M, K]`, per plan how many layers have each of the windows; rows of nothing cost nothing.
+    """
+    fewest = np.where(counts > 0, counts, np.iinfo(counts.dtype).max).min(1)
+    most = counts.max(1)
+    size = np.maximum(np.where(most < 1.5 * fewest, most, np.minimum(fewest, most)), 1)
+    blocks = np.array([_blocks(window, max(0, tokens - 2), max(1, tokens - 1), block) for window in windows])
+    return (-(-counts // size[:, None]) * blocks).sum(1) * size * block * layer_bytes
 
 
 def good_block_size(layers: list[LayerPlan], on_cpu: bool) -> int:
