@@ -3,9 +3,9 @@
     python benchmarks/yardstick.py reference --out runs/yardstick
 
 All plans over full attention, one window and no attention of a model of 8 layers (6,561) are measured on fixed data,
-sharing their beginnings. Then, at 2, 4 and 6 removed layers and at three KV costs, each planner's plan is set beside the
-best: on the data that planners look at, and on other data, of the validation split, on which the best plans of every
-budget and those of the planners are measured again. The table is kept, so that a second call only plans.
+sharing their beginnings. At 2, 4 and 6 removed layers and at three KV costs, each planner's plan is set beside the best:
+on the data that planners look at, and on other data, of the validation split, on which the best plans of each budget and
+those of the planners are measured again. The table is kept, so that a second call only plans.
 """
 
 import argparse
@@ -132,7 +132,8 @@ def main() -> None:
             own = weighted(table[name]), weighted(other[name])
             cells = [
                 budget, planner, name, f"{own[0]:.4f}", f"{own[0] / best[0] - 1:.1%}",
-                f"{order.index(name) + 1} of {len(order)}", f"{own[1] / best[1] - 1:.1%}", f"{forwards:.0f}", f"{seconds:.0f}",
+                f"{order.index(name) + 1} of {len(order)}", f"{own[1] / best[1] - 1:.1%}", f"{forwards:.0f}",
+                f"{seconds:.0f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     write_text(args.out / "yardstick.md", "\n".join(lines) + "\n")

@@ -76,7 +76,7 @@ class Measuring(Record):
     answers: int = Field(32, ge=2)
     length: int = Field(256, ge=64)
     distance: int | None = Field(None, ge=1)
-    naive_passes: float = Field(3.0, gt=0)
+    naive_passes: float = Field(5.0, gt=0)
     steps: int = Field(100, ge=1)
     batch: int = Field(4, ge=1)
     learning_rate: float = Field(0.1, gt=0)

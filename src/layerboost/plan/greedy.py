@@ -4,7 +4,7 @@
    change is measured again only when its last known cost could still be the least (lazy evaluation: damages mostly grow
    as more is taken away, so an old one is a lower bound).
 2. Exchange: all changes of one layer around the best plan are measured together, and pairs of them that stay within the
-   budget are tried in the order of what they promise, as long as plans get better.
+   budget are tried in the order of what they promise; then around the next best, until that does not help any more.
 
 Where every plan at the budget can be measured within the limit, all of them are. All of it shares the beginnings of
 plans (`passes`), and stays within a number of naive passes over the layers, each of 1 + layers x mixers forwards.
@@ -12,7 +12,7 @@ plans (`passes`), and stays within a number of naive passes over the layers, eac
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from layerboost.damage import damages, weighted
@@ -23,7 +23,10 @@ from layerboost.plan.budget import Budget
 from layerboost.progress import Advance
 
 Plan = tuple[LayerPlan, ...]
+Place = tuple[int, LayerPlan]  # a change of one layer
 _AT_ONCE = 6  # changes and pairs that are measured together
+_PAIRS = 36  # most that are measured around one plan
+_PATIENCE = 3  # plans that are looked around in vain before the search ends
 _BETTER = 1e-6  # nats
 
 
@@ -89,8 +92,8 @@ class Search:
         Raises:
             PlanError: no plan was found that meets the limits.
         """
-        if max_loss is not None and self.budget.met(list(self.start)):
-            return self.save(max_loss, starts)
+        if max_loss is not None and self.budget.kv_limit is None and self.budget.throughput is None:
+            return self._save(max_loss, starts)
         best = self._search(starts)
         if best is None:
             raise PlanError(
@@ -104,25 +107,22 @@ class Search:
             )
         return best
 
-    def save(self, max_loss: float, starts: Sequence[Plan]) -> Plan:
-        """Down from the untouched model, and from other planners' plans, as far as the measured loss allows."""
+    def _save(self, max_loss: float, starts: Sequence[Plan]) -> Plan:
+        """Down as far as the measured loss allows, from the first plan that meets the other limits."""
         self.losses(starts)
-        plan = self.start
+        plan = self.descend()
         stale = self._stale()
-        self.path = [plan]
-        while True:
+        while plan is not None and self.losses([plan])[0] <= max_loss:
             share = self.budget.kv_share(list(plan))
-            saved = {
-                place: share - self.budget.kv_share(list(_with(plan, dict([place]))))
-                for place in stale
-                if not place[1].alike(plan[place[0]])
-            }
-            chosen = self._cheapest(plan, self.known[plan], stale, {p: s for p, s in saved.items() if s > 0})
-            if chosen is None or self.losses([_with(plan, dict([chosen]))])[0] > max_loss:
+            saved = {place: share - self.budget.kv_share(list(_with(plan, dict([place])))) for place in stale}
+            saved = {place: gain for place, gain in saved.items() if gain > 0 and self._met(plan, place)}
+            chosen = self._cheapest(plan, self.known[plan], stale, saved)
+            if chosen is None:
                 break
-            plan = _with(plan, dict([chosen]))
-            self.path.append(plan)
-        within = [found for found, loss in self.known.items() if loss <= max_loss]
+            plan = self._step(plan, chosen, stale)
+        within = [found for found, loss in self.known.items() if loss <= max_loss and self.budget.met(list(found))]
+        if not within:
+            raise PlanError(f"{self.budget.describe()} cannot be met together; allow more loss")
         return min(within, key=lambda found: (self.budget.kv_share(list(found)), self.known[found]))
 
     def _search(self, starts: Sequence[Plan]) -> Plan | None:
@@ -130,19 +130,27 @@ class Search:
         if every and self.spent + 1 + self.price(every) <= self.most_forwards:
             self.losses(every)
             return self.best()
+        self.losses(starts)  # first, while there is something left to spend
         met = [plan for plan in (self.descend(), *starts) if plan is not None and self.budget.met(list(plan))]
         if met and min(self.losses(met)) == math.inf:  # the limit is used up; what comes out is measured all the same
             self.most_forwards = self.spent + self.price(met[-1:])
             self.losses(met[-1:])
-        for plan in sorted(met, key=lambda plan: self.known.get(plan, math.inf)):
-            self.exchange(plan)
-        return self.best()
+        best, looked_around, in_vain = self.best(), set[Plan](), 0
+        while best is not None and in_vain <= _PATIENCE:
+            plan = self.best(without=looked_around)
+            if plan is None or not self._look_around(plan):
+                break
+            looked_around.add(plan)
+            before, best = best, self.best()
+            in_vain = in_vain + 1 if best == before else 0
+        return best
 
-    def best(self) -> Plan | None:
-        met = [plan for plan in self.known if self.budget.met(list(plan))]
+    def best(self, without: Container[Plan] = ()) -> Plan | None:
+        """Of the plans that were measured and meet the budget."""
+        met = [plan for plan in self.known if plan not in without and self.budget.met(list(plan))]
         return min(met, key=lambda plan: self.known[plan], default=None)
 
-    def _stale(self) -> dict[tuple[int, LayerPlan], float]:
+    def _stale(self) -> dict[Place, float]:
         return {(i, c): self.single[i][n] for i, own in enumerate(self.candidates) for n, c in enumerate(own)}
 
     def _every_plan(self, most: int = 3_000) -> list[Plan]:
@@ -169,21 +177,29 @@ class Search:
             chosen = self._cheapest(plan, loss, stale, saved)
             if chosen is None:
                 return None
-            plan = _with(plan, {chosen[0]: chosen[1]})
+            plan = self._step(plan, chosen, stale)
             loss = self.losses([plan])[0]
             excess = self.budget.excess(list(plan))
-            self.path.append(plan)
         return plan
+
+    def _step(self, plan: Plan, chosen: Place, stale: dict[Place, float]) -> Plan:
+        """One layer changed; what its other candidates would cost on top is less by what it cost."""
+        layer, rise = chosen[0], stale[chosen]
+        for place in stale:
+            if place[0] == layer:
+                stale[place] -= rise
+        self.path.append(_with(plan, dict([chosen])))
+        return self.path[-1]
 
     def _cheapest(
         self,
         plan: Plan,
         loss: float,
-        stale: dict[tuple[int, LayerPlan], float],
-        saved: dict[tuple[int, LayerPlan], float],
-    ) -> tuple[int, LayerPlan] | None:
+        stale: dict[Place, float],
+        saved: dict[Place, float],
+    ) -> Place | None:
         """The change that costs least loss for what it saves: measured until none that was not could be cheaper."""
-        fresh: set[tuple[int, LayerPlan]] = set()
+        fresh: set[Place] = set()
 
         def price(place: tuple[int, LayerPlan]) -> float:
             return max(stale[place], _BETTER) / saved[place]
@@ -201,37 +217,23 @@ class Search:
                     stale[place] = found - loss
         return None
 
-    def exchange(self, plan: Plan) -> Plan:
-        """Change one or two layers at a time while that makes the plan better and stays within the budget."""
-        while self.spent < self.most_forwards:
-            loss = self.losses([plan])[0]
-            around = [(i, c) for i, own in enumerate(self.candidates) for c in (KEEP, *own) if not c.alike(plan[i])]
-            found = self.losses([_with(plan, {i: c}) for i, c in around])
-            rise = {place: value - loss for place, value in zip(around, found, strict=True) if math.isfinite(value)}
-            better = self._improve(plan, loss, rise)
-            if better is None:
-                break
-            plan = better
-        return plan
-
-    def _improve(self, plan: Plan, loss: float, rise: dict[tuple[int, LayerPlan], float]) -> Plan | None:
-        """The first group of promising changes with a better plan in it."""
-        singles = [place for place in rise if rise[place] < -_BETTER and self._met(plan, place)]
-        if singles:
-            return _with(plan, dict([min(singles, key=lambda place: rise[place])]))
+    def _look_around(self, plan: Plan) -> bool:
+        """Measure all changes of one layer around a plan, and the pairs of them that promise most within the budget,
+        until one of those is better than the plan; False where the limit does not allow any of it."""
+        loss = self.known[plan]
+        around = [(i, c) for i, own in enumerate(self.candidates) for c in (KEEP, *own) if not c.alike(plan[i])]
+        found = self.losses([_with(plan, dict([place])) for place in around])
+        rise = {place: value - loss for place, value in zip(around, found, strict=True) if math.isfinite(value)}
         pairs = sorted(
             ((a, b) for a, b in itertools.combinations(rise, 2) if a[0] != b[0]),
             key=lambda pair: rise[pair[0]] + rise[pair[1]],
         )
         promising = (pair for pair in pairs if self._met(plan, *pair))
-        while self.spent < self.most_forwards:
+        for _ in range(_PAIRS // _AT_ONCE):
             some = [_with(plan, dict(pair)) for pair in itertools.islice(promising, _AT_ONCE)]
-            if not some:
-                return None
-            found = self.losses(some)
-            if min(found) < loss - _BETTER:
-                return some[found.index(min(found))]
-        return None
+            if not some or min(self.losses(some)) < loss - _BETTER or self.known.keys().isdisjoint(some):
+                break
+        return bool(rise)
 
     def _met(self, plan: Plan, *changes: tuple[int, LayerPlan]) -> bool:
         return self.budget.met(list(_with(plan, dict(changes))))
