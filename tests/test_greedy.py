@@ -12,7 +12,7 @@ from layerboost.damage import candidate_loss, damages, weighted
 from layerboost.errors import PlanError
 from layerboost.layer_plan import KEEP
 from layerboost.passes import Scorer, count_layers
-from layerboost.plan import _measured_on
+from layerboost.plan import _MORE_DATA, _data, _model
 from layerboost.plan.budget import Budget
 from layerboost.plan.greedy import Search
 from tests.tiny import NONE, window
@@ -163,13 +163,19 @@ class TestOnAModel:
     def test_the_loss_is_that_of_the_whole_plan(self, tiny, found):
         config = self.config()
         made = plan.run(found, config, model=tiny)
-        scorer = Scorer(*_measured_on(found, config, tiny))
-        base, scores = scorer([[KEEP] * 4, made.layers])
-        assert made.measured["loss"] == pytest.approx(weighted(damages(base, scores), config.weights), abs=1e-5)
+        model = _model(config, tiny)
+        own, more = (Scorer(model, _data(model, found, config, tiny, times)) for times in (0, _MORE_DATA))
+
+        def measured(layers, scorer):
+            base, scores = scorer([[KEEP] * 4, layers])
+            return weighted(damages(base, scores), config.weights)
+
+        # on the data of the search and, for those that were best there, on three times as much
+        wanted = (measured(made.layers, own) + _MORE_DATA * measured(made.layers, more)) / (1 + _MORE_DATA)
+        assert made.measured["loss"] == pytest.approx(wanted, abs=1e-5)
+        assert measured(made.layers, more) != pytest.approx(measured(made.layers, own), abs=1e-4)
         assert made.predicted["kv_share"] <= 0.5
-        additive = plan.run(found, config.model_copy(update={"planner": "milp"}))
-        other = scorer([additive.layers])[0]
-        assert made.measured["loss"] <= weighted(damages(base, other), config.weights) + 1e-5
+        assert made.measured["cost"]["forwards"] <= config.measuring.naive_passes * 13 + 1
         chosen = [point for point in made.front if point.chosen]
         assert len(chosen) == 1
         assert chosen[0].measured
@@ -180,7 +186,8 @@ class TestOnAModel:
     def test_forwards_are_counted_and_kept_within_the_limit(self, tiny, found, naive_passes):
         config = self.config()
         limits = Budget(found.model, config)
-        scorer = Scorer(*_measured_on(found, config, tiny))
+        model = _model(config, tiny)
+        scorer = Scorer(model, _data(model, found, config, tiny))
         runs = []
         for layer in scorer.model.decoder_layers:
             layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -204,6 +211,22 @@ class TestOnAModel:
         assert saved.measured["loss"] <= 0.5
         with pytest.raises(PlanError, match="cannot be met"):
             plan.run(found, self.config(kv_reduction=0.9, at_least=plan.AtLeast(full_attention=2)), model=tiny)
+
+    def test_of_the_best_the_one_that_other_data_confirms(self, tiny, found, monkeypatch):
+        """What flatters one plan on the search's data does not on more of it."""
+        config = self.config()
+        usual = plan.run(found, config, model=tiny)
+        real = plan.damages
+
+        def spoilt(base, scores):
+            lost = real(base, scores)
+            return {metric: values + 10 * (scores["text.nll"] == flattered).all() for metric, values in lost.items()}
+
+        model = _model(config, tiny)
+        flattered = Scorer(model, _data(model, found, config, tiny, _MORE_DATA))([usual.layers])[0]["text.nll"]
+        monkeypatch.setattr(plan, "damages", spoilt)
+        other = plan.run(found, config, model=tiny)
+        assert [p.label for p in other.layers] != [p.label for p in usual.layers]
 
     def test_another_model_is_refused(self, checkpoints, found):
         with pytest.raises(PlanError, match=r"was measured on qwen3, which .*llama is not"):

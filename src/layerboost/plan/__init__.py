@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest
-from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, predicted_loss, reason
+from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
@@ -34,6 +34,9 @@ from layerboost.provenance import provenance
 
 PLANNER = Literal["greedy", "milp", "gates", "tiers", "uniform", "periodic", "random"]
 _FRONT_POINTS = 24
+# of the search's best plans so many are measured on so many times its data, for at most this part of its limit
+_FINALISTS, _MORE_DATA, _FINAL_SHARE = 6, 3, 3
+_OTHER_SEED = 500
 
 
 class AtLeast(Record):
@@ -247,27 +250,42 @@ def _random(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | 
 
 
 def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
-    model, data = _measured_on(sensitivity, config, folder)
+    model = _model(config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
     single = [[candidate_loss(c, config.weights) for c in own] for own in sensitivity.layers]
-    scorer = Scorer(model, data)
+    scorer = Scorer(model, _data(model, sensitivity, config, folder))
     naive = 1 + sum(map(len, candidates))
+    limit = config.measuring.naive_passes * naive
+    finalists = 0 if config.max_loss is not None else min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
     with progress("plan", 1) as advance:
         search = Search(
-            scorer, candidates, single, config.weights, budget, config.measuring.naive_passes * naive, advance
+            scorer, candidates, single, config.weights, budget, limit - max(0, finalists + 1) * _MORE_DATA, advance
         )
         start, front = _additive_start(sensitivity, budget, config)
         layers = search.run(start, config.max_loss)
+        met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
+        if finalists > 1 and len(met) > 1:
+            data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
+            layers = _final(search, met[:finalists], Scorer(model, data))
         advance()
     say(
         f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is "
         f"{search.spent / naive:.2f} naive passes of {naive}"
     )
     losses = {tuple(layer.label for layer in plan): loss for plan, loss in search.known.items()}
-    met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
     others = [list(plan) for plan in [*met[:_FRONT_POINTS], *search.path]]
     cost = Cost(tokens=scorer.tokens, forwards=search.spent, seconds=0.0)
     return Found(list(layers), others + front, losses, cost)
+
+
+def _final(search: Search, finalists: list[tuple[LayerPlan, ...]], scorer: Scorer) -> tuple[LayerPlan, ...]:
+    """The best of the best on more data: a search that measures many plans finds those that its own data flatters."""
+    base, *scores = scorer([search.start, *finalists])
+    search.spent += _MORE_DATA * search.price([search.start, *finalists])
+    for plan, found in zip(finalists, scores, strict=True):
+        more = weighted(damages(base, found), search.weights)
+        search.known[plan] = (search.known[plan] + _MORE_DATA * more) / (1 + _MORE_DATA)
+    return min(finalists, key=lambda plan: search.known[plan])
 
 
 def _additive_start(
@@ -283,7 +301,8 @@ def _additive_start(
 def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
     if budget.kv_limit is None:
         raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
-    model, data = _measured_on(sensitivity, config, folder)
+    model = _model(config, folder)
+    data = _data(model, sensitivity, config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
     count, keep = len(candidates), full_plan(len(candidates))
     rest = [budget.model.kv_bytes([LayerPlan("no_attention") if j == i else KEEP for j in range(count)], budget.context)
@@ -314,19 +333,25 @@ PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None], Found]]
 }  # fmt: skip
 
 
-def _measured_on(sensitivity: Sensitivity, config: Config, folder: Path | None) -> tuple[Hybrid, dict[str, Sequences]]:
-    """The model, and data of the train split to measure whole plans on."""
+def _model(config: Config, folder: Path | None) -> Hybrid:
     assert folder is not None
     device = pick_device(config.device)
-    model = load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+    return load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+
+
+def _data(
+    model: Hybrid, sensitivity: Sensitivity, config: Config, folder: Path | None, times: int = 0
+) -> dict[str, Sequences]:
+    """Of the train split, to measure whole plans on; or so many times as much of other data."""
+    assert folder is not None
     settings = config.measuring
     windows = [c.window for own in sensitivity.layers for c in own if c.window is not None]
     length, distance = probe_lengths(settings.length, settings.distance, windows, sensitivity.model.context)
-    data = samples(
-        open_corpus(config.text), load_tokenizer(folder), model.config.vocab_size, split="train", texts=settings.texts,
-        answers=settings.answers, length=length, distance=distance, seed=config.seed,
+    return samples(
+        open_corpus(config.text), load_tokenizer(folder), model.config.vocab_size, split="train",
+        texts=settings.texts * max(1, times), answers=settings.answers * max(1, times), length=length,
+        distance=distance, seed=config.seed + (_OTHER_SEED if times else 0),
     )  # fmt: skip
-    return model, data
 
 
 def _piloted(found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None) -> Found:
