@@ -3,9 +3,9 @@
     python benchmarks/yardstick.py reference --out runs/yardstick
 
 All plans over full attention, one window and no attention of a model of 8 layers (6,561) are measured on fixed data,
-sharing their beginnings. At 2, 4 and 6 removed layers and at three KV costs, each planner's plan is set beside the best:
-on the data that planners look at, and on other data, of the validation split, on which the best plans of each budget and
-those of the planners are measured again. The table is kept, so that a second call only plans.
+sharing their beginnings. At 2, 4 and 6 removed layers and at three KV costs, each planner's plan is set beside the
+best: on the data that planners look at, and on other data, of the validation split, on which the best plans of each
+budget and those of the planners are measured again. The table is kept, so that a second call only plans.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -658,6 +659,8 @@ def _serving_details(bench: Any) -> Table:
 
 
 def _print(table: Table) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
     # a pipe has no width: keep whole cells there
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)

@@ -130,6 +130,8 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
     config = config or Config()
     if config.stream and (config.tasks or config.generations):
         raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
+    if config.stream and config.estimators:
+        say("stream: the cheap estimates, which take whole passes of their own, are left out")
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
     device = pick_device(config.device)
