@@ -228,6 +228,10 @@ class TestOnAModel:
         other = plan.run(found, config, model=tiny)
         assert [p.label for p in other.layers] != [p.label for p in usual.layers]
 
+    def test_what_is_not_measured_here_has_no_weight(self, tiny, found):
+        with pytest.raises(PlanError, match=r"greedy measures text_kl, .*, not benchmarks"):
+            plan.run(found, self.config(weights={"benchmarks": 1.0}), model=tiny)
+
     def test_another_model_is_refused(self, checkpoints, found):
         with pytest.raises(PlanError, match=r"was measured on qwen3, which .*llama is not"):
             plan.run(found, self.config(), model=checkpoints["llama"])

@@ -5,6 +5,8 @@ A planner is a function of sensitivity, cost and budget (`milp`, `tiers`, `patte
 """
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ from pydantic import Field
 from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest
 from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
+from layerboost.data.probes import PROBES
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import PlanError
-from layerboost.layer_plan import KEEP, LayerPlan, full_plan, short
+from layerboost.knapsack import options
+from layerboost.layer_plan import KEEP, LayerPlan, short
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import describe, find_model, load_original, load_tokenizer, pick_device, read_config
 from layerboost.passes import Scorer, ranks
@@ -37,6 +41,7 @@ _FRONT_POINTS = 24
 # of the search's best plans so many are measured on so many times its data, for at most this part of its limit
 _FINALISTS, _MORE_DATA, _FINAL_SHARE = 6, 3, 3
 _OTHER_SEED = 500
+_MEASURED = ("text_kl", "text_nll", "recall_kl", "recall_nll", *PROBES)
 
 
 class AtLeast(Record):
@@ -250,6 +255,12 @@ def _random(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | 
 
 
 def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
+    unknown = [metric for metric in config.weights if metric not in _MEASURED]
+    if unknown:
+        raise PlanError(
+            f"greedy measures {', '.join(_MEASURED)}, not {unknown[0]}; choose other weights, or planner milp"
+        )
+    started = time.monotonic()
     model = _model(config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
     single = [[candidate_loss(c, config.weights) for c in own] for own in sensitivity.layers]
@@ -257,7 +268,7 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
     naive = 1 + sum(map(len, candidates))
     limit = config.measuring.naive_passes * naive
     finalists = 0 if config.max_loss is not None else min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
-    with progress("plan", 1) as advance:
+    with progress("plan", math.ceil(limit)) as advance:
         search = Search(
             scorer, candidates, single, config.weights, budget, limit - max(0, finalists + 1) * _MORE_DATA, advance
         )
@@ -267,14 +278,14 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
         if finalists > 1 and len(met) > 1:
             data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
             layers = _final(search, met[:finalists], Scorer(model, data))
-        advance()
+        advance(max(0, math.ceil(limit) - search.told))
     say(
         f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is "
         f"{search.spent / naive:.2f} naive passes of {naive}"
     )
     losses = {tuple(layer.label for layer in plan): loss for plan, loss in search.known.items()}
     others = [list(plan) for plan in [*met[:_FRONT_POINTS], *search.path]]
-    cost = Cost(tokens=scorer.tokens, forwards=search.spent, seconds=0.0)
+    cost = Cost(tokens=scorer.tokens, forwards=search.spent, seconds=time.monotonic() - started)
     return Found(list(layers), others + front, losses, cost)
 
 
@@ -301,20 +312,13 @@ def _additive_start(
 def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
     if budget.kv_limit is None:
         raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
+    started = time.monotonic()
     model = _model(config, folder)
     data = _data(model, sensitivity, config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
-    count, keep = len(candidates), full_plan(len(candidates))
-    rest = [budget.model.kv_bytes([LayerPlan("no_attention") if j == i else KEEP for j in range(count)], budget.context)
-            for i in range(count)]  # fmt: skip
-    whole = max(budget.model.kv_bytes(keep, budget.context), 1)
-    shares = [
-        [
-            (budget.model.kv_bytes([plan if j == i else KEEP for j in range(count)], budget.context) - rest[i]) / whole
-            for plan in (KEEP, *own)
-        ]
-        for i, own in enumerate(candidates)
-    ]
+    shares: list[list[float]] = [[] for _ in candidates]
+    for option in options(sensitivity, budget.context, config.weights):
+        shares[option.layer].append(option.kv)
     settings = config.measuring
     with progress("gates", settings.steps) as advance:
         gates, tokens = learn_gates(
@@ -323,8 +327,11 @@ def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pat
         )  # fmt: skip
     layers, front = plan_milp(sensitivity, budget, config.weights, gate_losses(gates))
     seen = sum(sequences.tokens.numel() for sequences in data.values())
-    mixers = 1 + sum(map(len, candidates)) / count  # every candidate's attention runs, forwards and back again
-    return Found(layers, front, cost=Cost(tokens=tokens, forwards=3 * mixers * tokens / seen + 1, seconds=0.0))
+    mixers = 1 + sum(map(len, candidates)) / len(
+        candidates
+    )  # every candidate's attention runs, forwards and back again
+    forwards = 3 * mixers * tokens / seen + 1
+    return Found(layers, front, cost=Cost(tokens=tokens, forwards=forwards, seconds=time.monotonic() - started))
 
 
 PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None], Found]] = {

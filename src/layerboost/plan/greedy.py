@@ -52,6 +52,7 @@ class Search:
     path: list[Plan] = field(default_factory=list)
     _base: PerSequence | None = None
     spent: float = 0.0  # the same in every process, where several share the plans
+    told: int = 0  # of that, what `advance` has heard of
 
     @property
     def naive_forwards(self) -> int:
@@ -81,7 +82,8 @@ class Search:
 
     def _spend(self, forwards: float) -> None:
         self.spent += forwards
-        self.advance(0, note=f"{self.spent / self.naive_forwards:.1f} naive passes")
+        self.advance(int(self.spent) - self.told, note=f"{self.spent / self.naive_forwards:.1f} naive passes")
+        self.told = int(self.spent)
 
     def run(self, starts: Sequence[Plan], max_loss: float | None = None) -> Plan:
         """The best plan that meets the budget; or, where `max_loss` is all there is, the smallest cache within it.
