@@ -251,3 +251,26 @@ def test_two_processes_share_the_plans(tiny, tmp_path, stream):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     score_in_processes(*sys.argv[1:])
+
+
+def test_hidden_states_stay_within_memory(checkpoints, monkeypatch):
+    """With room for two plans at once, layers are read again for each two of them, and nothing else changes."""
+    model, resident = stream_original(checkpoints["qwen3"])
+    read = []
+
+    def counted(index):
+        read.append(index)
+        return resident(index)
+
+    plans = [[NONE if i == layer else FULL for i in range(4)] for layer in range(4)]
+    data = {
+        "text": Sequences(
+            some_tokens(3, 20), torch.ones(3, 20, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
+        )
+    }
+    whole = passes.Scorer(model, data, resident)(plans)
+    monkeypatch.setattr(passes, "_physical_memory", lambda: 8 * 2 * 3 * 20 * model.config.hidden_size * 4)
+    parts = passes.Scorer(model, data, counted)(plans)
+    assert read == [*range(4)] * 2
+    for one, other in zip(whole, parts, strict=True):
+        assert all((one[metric] == other[metric]).all() for metric in one)

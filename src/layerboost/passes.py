@@ -151,7 +151,7 @@ class Scorer:
     Attributes:
         data: sequences under the name of their kind.
         resident: for models whose layers come from disk: what holds while a layer is worked with. All batches then go
-            through a layer together.
+            through a layer together, under as many plans as a quarter of the memory holds.
         forwards: passes of all data through the whole model so far, in this process; a node of the tree is 1/L of one.
     """
 
@@ -204,9 +204,9 @@ class Scorer:
     def _chunks(self, plans: Plans, group: Iterable[int]) -> Iterator[list[int]]:
         """Neighbours in the tree together, as many as memory allows."""
         tokens = sum(self.batches[n][1].tokens.numel() for n in group)
-        most = max(1, _STREAM_BYTES // (tokens * self.model.config.hidden_size * 4))
-        if self.resident is not None:
-            most = len(plans)
+        # a layer's inputs and outputs; reading layers from disk again costs more than holding many
+        room = _STREAM_BYTES if self.resident is None else _physical_memory() // 8
+        most = max(1, room // (tokens * self.model.config.hidden_size * 4))
         order = sorted(range(len(plans)), key=lambda i: [layer.label for layer in plans[i]])
         for start in range(0, len(order), most):
             yield order[start : start + most]
@@ -233,6 +233,11 @@ class Scorer:
                     raise CheckpointError("the model computes logits that are not finite; check its weights")
             targets = scored_targets(batch).to(final.device)
             yield n, p - shift, token_scores(hidden, self.head, teacher[1], targets)
+
+
+def _physical_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def ranks() -> tuple[int, int]:
