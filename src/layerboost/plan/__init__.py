@@ -267,15 +267,16 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
     scorer = Scorer(model, _data(model, sensitivity, config, folder))
     naive = 1 + sum(map(len, candidates))
     limit = config.measuring.naive_passes * naive
-    finalists = 0 if config.max_loss is not None else min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
+    finalists = min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
+    if config.max_loss is not None or finalists < 2:
+        finalists = 0
+    kept_back = (finalists + 1) * _MORE_DATA if finalists else 0
     with progress("plan", math.ceil(limit)) as advance:
-        search = Search(
-            scorer, candidates, single, config.weights, budget, limit - max(0, finalists + 1) * _MORE_DATA, advance
-        )
+        search = Search(scorer, candidates, single, config.weights, budget, limit - kept_back, advance)
         start, front = _additive_start(sensitivity, budget, config)
         layers = search.run(start, config.max_loss)
         met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
-        if finalists > 1 and len(met) > 1:
+        if finalists and len(met) > 1:
             data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
             layers = _final(search, met[:finalists], Scorer(model, data))
         advance(max(0, math.ceil(limit) - search.told))
