@@ -51,6 +51,14 @@ def test_every_way_is_tried_at_the_budget(finished):
     assert {"linear_attention performer/favor", "linear_attention gla/softmax", "sliding_attention 4 sink"} <= labels
 
 
+def test_default_windows_are_candidates_too(tiny, tmp_path):
+    """As a job says that names a model and nothing else."""
+    asked = job(tiny, selectors=["greedy", "uniform"], replacements=[], kv_reduction=0.3)
+    asked = asked.model_copy(update={"analyze": asked.analyze.model_copy(update={"windows": None})})
+    found = compare.run(asked, out=tmp_path)
+    assert found.entries[1].plan == ["sliding_attention 16"] * 4
+
+
 def test_ways_of_the_same_plan_share_a_trial(finished):
     _, out, found = finished
     trials = {entry.trial: tuple(entry.plan) for entry in found.entries if entry.trial}
@@ -151,6 +159,7 @@ def test_the_table_counts_verdicts():
         ("{models: [m], selectors: [greedy, tiers cosin]}", "'tiers cosin' is not one of"),
         ("{models: [m], selectors: [milp]}", "selectors must have greedy"),
         ("{models: [m], replacements: [mamba]}", "'mamba' is not one of"),
+        ("{models: [a/m, b/m]}", "two are called m"),
     ],
 )
 def test_wrong_jobs(tmp_path, text, message):

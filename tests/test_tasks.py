@@ -12,9 +12,10 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from layerboost import tasks
+from layerboost import passes, tasks
 from layerboost.errors import DataError, EnvironmentTrouble, UsageError
 from layerboost.model.loading import load_original
+from layerboost.progress import unheard
 from layerboost.tasks import task_scores
 from tests.tiny import FULL, NONE, linear, tokenizer, window
 
@@ -140,7 +141,7 @@ def test_likelihoods_are_the_harness_own(model, stock):
     pairs = [tuple(tuple(rng.integers(2, 258, n).tolist()) for n in shape) for shape in shapes]
     greedy = stock.model.generate(torch.tensor([pairs[1][0]]), max_new_tokens=3, do_sample=False)[0].tolist()
     pairs[1] = pairs[1][0], tuple(greedy[-3:])
-    found, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, tasks._silent)
+    found, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
     assert computed == tokens * (4 + 3 + 2)  # the second shares one layer with the first, the third two with others
     for number, (plan, answers) in enumerate(zip(PLANS, found, strict=True)):
         with model.mixed(dict(enumerate(plan))):
@@ -172,11 +173,11 @@ def test_texts_are_split_into_tokens_as_the_harness_does(model, stock, begins):
 
 def test_memory_is_bounded_without_changing_scores(model, monkeypatch):
     pairs = [((2, 3, 4), (5, n)) for n in range(6, 12)]
-    whole, _, _ = tasks._likelihoods(model, 256, pairs, PLANS, tasks._silent)
-    monkeypatch.setattr(tasks, "_STREAM_BYTES", 1)
+    whole, _, _ = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
+    monkeypatch.setattr(passes, "_STREAM_BYTES", 1)
     monkeypatch.setattr(tasks, "CHUNK_ELEMENTS", 258 * 5)
     monkeypatch.setattr(tasks, "batch_rows", lambda *_: 4)
-    parts, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, tasks._silent)
+    parts, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
     assert computed == 3 * 4 * tokens
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose([a[p][0] for p in pairs], [b[p][0] for p in pairs], atol=1e-5)

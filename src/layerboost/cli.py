@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from rich.table import Table
 from layerboost import __version__
 from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError, UsageError, VerificationError
 from layerboost.layer_plan import LayerPlan, short
-from layerboost.progress import say
+from layerboost.progress import SPEAKS, say
 
 app = typer.Typer(
     help="Make a pretrained LLM faster: keep softmax attention where it matters, window or remove it elsewhere, heal.",
@@ -659,7 +658,7 @@ def _serving_details(bench: Any) -> Table:
 
 
 def _print(table: Table) -> None:
-    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+    if not SPEAKS:
         return
     # a pipe has no width: keep whole cells there
     console = Console(highlight=False)

@@ -25,7 +25,7 @@ from layerboost.model.loading import (
     plan_of,
     read_config,
 )
-from layerboost.progress import Advance, progress
+from layerboost.progress import Advance, progress, unheard
 from layerboost.provenance import provenance
 from layerboost.scoring import (
     batch_rows,
@@ -112,7 +112,7 @@ def run(
 
 
 def measure(
-    base: Any, students: dict[str, Any], data: dict[str, Sequences], rows: int, advance: Advance = lambda *_, **__: None
+    base: Any, students: dict[str, Any], data: dict[str, Sequences], rows: int, advance: Advance = unheard
 ) -> dict[str, dict[str, np.ndarray]]:
     """Every student's per-sequence scores against the base model, such as `text.kl`, over the same sequences.
 

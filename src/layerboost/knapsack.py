@@ -12,6 +12,7 @@ from layerboost.artifacts import Sensitivity
 from layerboost.damage import candidate_loss
 from layerboost.layer_plan import KEEP, LayerPlan
 
+DEFAULT_KV_REDUCTION = 0.5  # where no budget is given
 # what breaks ties: of two equal plans, the one that saves more, counted far below any measured damage
 _TIE = 1e-9
 _GONE = LayerPlan("no_attention")

@@ -9,7 +9,7 @@ B sequences, T tokens, E hidden size, L layers, K scored tokens.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from layerboost.model.config import family_of
 from layerboost.model.families import first_tensor
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.model.mixers import Sequences as MixedSequences
-from layerboost.progress import Advance
+from layerboost.progress import Advance, unheard
 from layerboost.scoring import batch_rows, log_probabilities, scored_hidden, scored_targets, token_scores
 
 PerSequence = dict[str, np.ndarray]
@@ -107,6 +107,19 @@ def count_layers(plans: Plans) -> int:
     return sum(map(len, tree(plans)[0]))
 
 
+def neighbours(plans: Plans, elements: int, room: int | None = None) -> Iterator[list[int]]:
+    """Plans by their numbers, those with common beginnings together, as many as memory allows.
+
+    Args:
+        elements: of one plan's hidden states.
+        room: bytes for one layer's outputs under all of them; its inputs take as much again. None is a gigabyte.
+    """
+    most = max(1, (_STREAM_BYTES if room is None else room) // (elements * 4))
+    order = sorted(range(len(plans)), key=lambda i: [layer.label for layer in plans[i]])
+    for start in range(0, len(order), most):
+        yield order[start : start + most]
+
+
 @torch.no_grad()
 def finals(
     model: Hybrid,
@@ -169,7 +182,7 @@ class Scorer:
         self.head = LogitsHead(self.model)
         self.tokens = sum(batch.tokens.numel() for _, batch in self.batches)
 
-    def __call__(self, plans: Plans, advance: Advance = lambda *_, **__: None) -> list[PerSequence]:
+    def __call__(self, plans: Plans, advance: Advance = unheard) -> list[PerSequence]:
         """Per plan, per-sequence metrics such as `text.kl` and `copy.hit`; `advance` hears of every plan and batch.
 
         Raises:
@@ -191,25 +204,18 @@ class Scorer:
 
     def _score(self, plans: Plans, advance: Advance) -> list[PerSequence]:
         parts: list[dict[str, list[np.ndarray]]] = [{} for _ in plans]
-        groups = [[n] for n in range(len(self.batches))] if self.resident is None else [range(len(self.batches))]
+        every = list(range(len(self.batches)))
+        # reading layers from disk again costs more than holding many hidden states
+        groups, room = ([[n] for n in every], None) if self.resident is None else ([every], _memory() // 8)
         for group in groups:
-            for some in self._chunks(plans, group):
-                for n, p, scores in self._group(list(group), [plans[i] for i in some]):
+            tokens = sum(self.batches[n][1].tokens.numel() for n in group)
+            for some in neighbours(plans, tokens * self.model.config.hidden_size, room):
+                for n, p, scores in self._group(group, [plans[i] for i in some]):
                     kind, batch = self.batches[n]
                     for metric, values in scores.per_sequence(batch.scored).items():
                         parts[some[p]].setdefault(f"{kind}.{metric}", []).append(values)
                     advance()
         return [{name: np.concatenate(p) for name, p in found.items()} for found in parts]
-
-    def _chunks(self, plans: Plans, group: Iterable[int]) -> Iterator[list[int]]:
-        """Neighbours in the tree together, as many as memory allows."""
-        tokens = sum(self.batches[n][1].tokens.numel() for n in group)
-        # a layer's inputs and outputs; reading layers from disk again costs more than holding many
-        room = _STREAM_BYTES if self.resident is None else _physical_memory() // 8
-        most = max(1, room // (tokens * self.model.config.hidden_size * 4))
-        order = sorted(range(len(plans)), key=lambda i: [layer.label for layer in plans[i]])
-        for start in range(0, len(order), most):
-            yield order[start : start + most]
 
     def _group(self, group: list[int], plans: Plans) -> Iterator[tuple[int, int, Any]]:
         unknown = [n for n in group if n not in self._teacher]
@@ -235,8 +241,8 @@ class Scorer:
             yield n, p - shift, token_scores(hidden, self.head, teacher[1], targets)
 
 
-def _physical_memory() -> int:
-    """Bytes."""
+def _memory() -> int:
+    """Of this machine, bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

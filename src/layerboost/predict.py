@@ -14,7 +14,7 @@ from layerboost import cost
 from layerboost.artifacts import Bench, Load, Plan, Record, ServingCell, load, to_json, write_text
 from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Work, work_of
-from layerboost.errors import DataError, UsageError
+from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import base_config_class, check_plan, native_windows
 from layerboost.model.loading import find_config, is_hybrid, plan_of
@@ -22,7 +22,6 @@ from layerboost.model.shapes import Shape, mixed_plan
 from layerboost.vllm.kv import KVLayout, good_block_size, kv_layout
 
 _MOST_FITTED = 4
-_MEMORY_SHARE = 0.9  # of a device's memory that vLLM takes
 
 
 class Config(Record):
@@ -101,12 +100,7 @@ def outlook(name: str, model: PreTrainedConfig, layers: list[LayerPlan], config:
     memory: dict[str, int] = {}
     for which, plan in (("base", full_plan(len(layers))), ("hybrid", layers)):
         work, layout = _counted(model, plan, dtype, block)
-        memory[which] = config.kv_memory or int(device.memory * _MEMORY_SHARE - work.weight_bytes)
-        if memory[which] <= 0:
-            raise DataError(
-                f"{work.weight_bytes / 1e9:.1f} GB of weights leave no memory for a cache on {device.name} "
-                f"({device.memory / 1e9:.0f} GB); use more or larger devices"
-            )
+        memory[which] = config.kv_memory or cost.cache_memory(work, device)
         found[which] = cost.predict(work, layout, memory[which], asked, device, config.max_batched_tokens)
     return Outlook(name, device, asked, memory, found["base"], found["hybrid"])
 

@@ -11,9 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
+SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, the first
 _LINE_EVERY = 30.0  # seconds
 
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several, one speaks
+console = Console(stderr=True, highlight=False, quiet=not SPEAKS)
+
+
+def unheard(steps: int = 1, note: str = "") -> None:
+    """Progress that nobody follows."""
 
 
 def say(line: str) -> None:

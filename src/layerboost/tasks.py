@@ -29,8 +29,8 @@ from transformers import StoppingCriteria
 from layerboost.errors import CheckpointError, DataError, EnvironmentTrouble, LayerBoostError, UsageError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid, LogitsHead
-from layerboost.passes import Plans, count_layers, finals
-from layerboost.progress import Advance
+from layerboost.passes import Plans, count_layers, finals, neighbours
+from layerboost.progress import Advance, unheard
 from layerboost.scoring import CHUNK_ELEMENTS, batch_rows, log_probabilities
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a context, and of the continuation that is scored
@@ -39,13 +39,8 @@ Texts = dict[tuple[str, str], str]  # what is written after a prompt, under gene
 
 # The metric of a document is the first of these that the task has, or else its own first.
 MAIN_METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte")
-_STREAM_BYTES = 2**30  # hidden states of one layer under all plans that are computed together
 _SEED = 1234  # the harness's own: few-shot examples are the same for every plan
 _NEW_TOKENS = 256  # what the harness lets a model write where a task sets no limit
-
-
-def _silent(steps: int = 1, note: str = "") -> None:
-    """Progress that nobody follows."""
 
 
 def task_scores(
@@ -56,7 +51,7 @@ def task_scores(
     *,
     limit: int | None = None,
     folder: Path | None = None,
-    advance: Advance = _silent,
+    advance: Advance = unheard,
 ) -> tuple[list[dict[str, np.ndarray]], float]:
     """What every plan scores on each document of harness tasks.
 
@@ -83,7 +78,7 @@ def task_scores(
     player = _player_class()(model, tokenizer)
     _play(player, asked, limit)
     pairs, prompts = list(player.likelihoods), list(player.texts)
-    likelihoods, computed, tokens = _likelihoods(model, player.length, pairs, plans, _silent if prompts else advance)
+    likelihoods, computed, tokens = _likelihoods(model, player.length, pairs, plans, unheard if prompts else advance)
     scores, written = [], 0
     for plan, player.likelihoods in zip(plans, likelihoods, strict=True):
         player.texts, count = _texts(model, tokenizer, player.length, prompts, plan)
@@ -279,7 +274,7 @@ def _likelihoods(
         start += len(some)
         inputs, targets, scored = (part.to(model.device) for part in _padded(some, length))
         tokens += inputs.numel()
-        for chosen in _chunks(plans, inputs.numel() * model.config.hidden_size * 4):
+        for chosen in neighbours(plans, inputs.numel() * model.config.hidden_size):
             part = [plans[i] for i in chosen]
             computed += inputs.numel() * count_layers(part)
             for _, p, final in finals(model, [inputs], part):
@@ -309,14 +304,6 @@ def _padded(pairs: Sequence[Pair], length: int) -> tuple[Tensor, Tensor, Tensor]
     parts = [tokens[:-1] for tokens in whole], [tokens[1:] for tokens in whole], counts
     inputs, targets, scored = (pad_sequence(part, batch_first=True) for part in parts)
     return inputs, targets, scored
-
-
-def _chunks(plans: Plans, size: int) -> Iterator[list[int]]:
-    """Neighbours in the tree together, as many as memory allows at `size` bytes for each."""
-    most = max(1, _STREAM_BYTES // size)
-    order = sorted(range(len(plans)), key=lambda i: [layer.label for layer in plans[i]])
-    for start in range(0, len(order), most):
-        yield order[start : start + most]
 
 
 def _scores(hidden: Tensor, head: LogitsHead, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ attention is often one that looks only a few tokens back.
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 
-from layerboost.analyze.estimators import estimate_layers
+from layerboost.analyze.estimators import ESTIMATOR, ESTIMATORS, estimate_layers
 from layerboost.analyze.looking import Looking
 from layerboost.artifacts import (
     Candidate,
@@ -30,7 +30,7 @@ from layerboost.damage import DEFAULT_WEIGHTS, damages, levels, ranking, resampl
 from layerboost.data.samples import TEXT, DataConfig, data_inputs
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, UsageError
-from layerboost.knapsack import options, solve
+from layerboost.knapsack import DEFAULT_KV_REDUCTION, options, solve
 from layerboost.layer_plan import KEEP, LayerPlan, full_plan
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import (
@@ -48,10 +48,8 @@ from layerboost.provenance import provenance
 from layerboost.scoring import batch_rows, estimate
 from layerboost.tasks import task_scores
 
-ESTIMATOR = Literal["cosine", "taylor", "reconstruction", "attention_mass"]
 BENCHMARKS = "benchmarks"
 _STABILITY_RESAMPLES = 100
-_DEFAULT_KV_REDUCTION = 0.5
 
 
 class Config(DataConfig):
@@ -93,7 +91,7 @@ class Config(DataConfig):
     tasks: list[str] = Field([])
     task_limit: int | None = Field(100, ge=2)
     task_folder: Path | None = None
-    estimators: list[ESTIMATOR] = Field(list(get_args(ESTIMATOR)))
+    estimators: list[ESTIMATOR] = Field(list(ESTIMATORS))
     confidence: float = Field(0.95, gt=0.5, lt=1)
     weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
     until_resolved: bool = False
@@ -301,7 +299,7 @@ def _resolve(sensitivity: Sensitivity, config: Config, context: int, room: bool)
     weights, confidence = config.weights, config.confidence
     kv_reduction = config.kv_reduction
     if config.until_resolved and kv_reduction is None:
-        kv_reduction = _DEFAULT_KV_REDUCTION
+        kv_reduction = DEFAULT_KV_REDUCTION
     stability = None if kv_reduction is None else plan_stability(sensitivity, weights, context, kv_reduction)
     stopped = None
     if config.until_resolved and stability is not None:

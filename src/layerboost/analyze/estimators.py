@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from layerboost.layer_plan import LayerPlan
 from layerboost.model.families import first_tensor
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.model.mixers import Sequences as MixedSequences
-from layerboost.progress import Advance
+from layerboost.progress import Advance, unheard
 from layerboost.scoring import log_probabilities, scored_hidden, scored_targets
+
+ESTIMATOR = Literal["cosine", "taylor", "reconstruction", "attention_mass"]
+ESTIMATORS: tuple[ESTIMATOR, ...] = get_args(ESTIMATOR)
 
 Place = tuple[int, int]  # a layer, and which of its candidates
 Candidates = Sequence[Sequence[LayerPlan]]
@@ -39,7 +42,7 @@ def estimate_layers(
     candidates: list[list[LayerPlan]],
     which: Sequence[str],
     rows: int,
-    advance: Advance = lambda *_, **__: None,
+    advance: Advance = unheard,
 ) -> tuple[dict[str, dict[Place, np.ndarray]], dict[str, Cost]]:
     """Estimates of damage, each by a pass of its own, so that each has its own cost.
 
@@ -282,4 +285,3 @@ ESTIMATORS_BY_NAME = {
     "reconstruction": Estimator(reconstruction, 1, True),
     "attention_mass": Estimator(attention_mass, 1, False),
 }
-ESTIMATORS = tuple(ESTIMATORS_BY_NAME)

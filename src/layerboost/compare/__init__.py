@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from layerboost.artifacts import (
     Comparison,
     Entry,
     Estimate,
+    ModelRecord,
     Plan,
     Record,
     Sensitivity,
@@ -134,6 +136,9 @@ def load_job(path: Path) -> Job:
         unknown = [name for name in getattr(job, key) if name not in known]
         if unknown:
             raise UsageError(f"job {path}: {key}: {unknown[0]!r} is not one of {', '.join(known)}")
+    names = [Path(model).name for model in job.models]
+    if len(set(names)) < len(names):
+        raise UsageError(f"job {path}: models: two are called {max(names, key=names.count)}, as their folders would be")
     if DEFAULT not in job.selectors:
         raise UsageError(f"job {path}: selectors must have {DEFAULT}, which the others are compared with")
     return job
@@ -169,11 +174,22 @@ class Bout:
     seed: int
     folder: Path
 
+    @cached_property
+    def base(self) -> Path:
+        return find_model(self.model)
+
+    @cached_property
+    def record(self) -> ModelRecord:
+        return describe(self.model, self.base, read_config(self.base))
+
+    @cached_property
+    def usual(self) -> set[str]:
+        """Labels of every selector's candidates; replacements are measured beside them."""
+        windows = self.job.analyze.windows or analyze.default_windows(self.record.context)
+        return {plan.label for own in analyze.candidates_for(self.record, windows) for plan in own}
+
     def run(self) -> list[Entry]:
         say(f"compare: {self.model}, seed {self.seed}")
-        self.base = find_model(self.model)
-        self.record = describe(self.model, self.base, read_config(self.base))
-        self.sensitivity = self._sensitivity()
         trials: dict[str, Trial] = {}
         entries = []
         for name, config, kept in self._ways():
@@ -214,13 +230,13 @@ class Bout:
                     verdict[what] = "same plan"
         return entry.model_copy(update={"against": against, "verdict": verdict})
 
-    def _sensitivity(self) -> Sensitivity:
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
         mixers = [self._mixer(name, self.job.replacement_window) for name in self.job.replacements]
-        tried = {LayerPlan("no_attention").label, *(f"sliding_attention {w}" for w in self.job.analyze.windows or [])}
         config = self.job.analyze.model_copy(
             update={
                 "seed": self.seed, "length": self.job.length, "weights": self.job.weights,
-                "mixers": [mixer for mixer in mixers if mixer.label not in tried],
+                "mixers": [mixer for mixer in mixers if mixer.label not in self.usual],
             }
         )  # fmt: skip
         path = self.folder / "sensitivity.json"
@@ -235,17 +251,13 @@ class Bout:
 
     def _ways(self) -> Iterator[tuple[str, dict[str, Any], set[str]]]:
         """Name, what `plan` is told, and the labels of the candidates it may use."""
-        usual = {LayerPlan("no_attention").label, *(f"sliding_attention {w}" for w in self.job.analyze.windows or [])}
         for name in self.job.selectors:
-            yield name, SELECTORS[name], usual
+            yield name, SELECTORS[name], self.usual
         for name in self.job.replacements:
             mixer = self._mixer(name, self.job.replacement_window)
-            if "window" in OPERATORS[name]:
-                wide = self._mixer(name, self._window_at_budget(mixer))
-                yield f"uniform {name}", {"planner": "uniform", "mixer": wide.entry()}, usual
-            else:
-                yield f"uniform {name}", {"planner": "uniform", "mixer": mixer.entry()}, usual
-            yield f"periodic {name}", {"planner": "periodic", "mixer": mixer.entry()}, usual
+            wide = mixer if mixer.window is None else self._mixer(name, self._window_at_budget(mixer))
+            yield f"uniform {name}", {"planner": "uniform", "mixer": wide.entry()}, self.usual
+            yield f"periodic {name}", {"planner": "periodic", "mixer": mixer.entry()}, self.usual
             yield f"aware {name}", {"planner": "milp"}, {mixer.label}
 
     def _window_at_budget(self, mixer: LayerPlan) -> int:
@@ -295,11 +307,9 @@ class Bout:
         analysed = 1 + sum(len(own) * (layers - i) / layers for i, own in enumerate(candidates))
         cost = found.measured.get("cost")
         tokens = self.sensitivity.costs["measured"].tokens
-        more = cost["forwards"] * self._measured_tokens(cost) / tokens if cost else 0.0
+        own = (self.job.plan.texts + len(PROBES) * self.job.plan.answers) * self.job.length
+        more = cost["forwards"] * own / tokens if cost else 0.0
         return round(more + (0.0 if told["planner"] == "gates" else analysed), 2)
-
-    def _measured_tokens(self, cost: dict[str, Any]) -> float:
-        return (self.job.plan.texts + len(PROBES) * self.job.plan.answers) * self.job.length
 
     def _trial(self, chosen: Plan) -> tuple[str, Trial]:
         labels = [layer.label for layer in chosen.layers]
@@ -349,11 +359,11 @@ class Bout:
         )  # fmt: skip
         students = {"base": base} | {
             name: load_model(folder, dtype=dtype, device=device)
-            for name, folder in (("before", hybrid), ("after", healed))
+            for name, folder in zip(_WHEN, (hybrid, healed), strict=True)
         }
         rows = batch_rows(self.job.length, config.vocab_size, config.hidden_size, 1)
         scores = evaluate.measure(base, students, data, rows)
-        found = [damages(scores["base"], scores[name]) for name in ("before", "after")]
+        found = [damages(scores["base"], scores[when]) for when in _WHEN]
         before, after = ({m: np.round(values, 6).tolist() for m, values in one.items()} for one in found)
         return before, after
 

@@ -13,8 +13,10 @@ from layerboost.artifacts import Load
 from layerboost.cost.device import Device
 from layerboost.cost.schedule import Step, schedule
 from layerboost.cost.work import Work
+from layerboost.errors import DataError
 from layerboost.vllm.kv import KVLayout
 
+_MEMORY_SHARE = 0.9  # of a device's memory that vLLM takes
 _LEAST = 1e-7  # seconds; what a cost of nothing starts from
 _PRIOR = 0.01  # how much a factor of e away from the start weighs, against a relative error of the same size
 
@@ -68,6 +70,21 @@ def predict(
         steps=len(steps),
         token_flops=work.token_flops,
     )
+
+
+def cache_memory(work: Work, device: Device) -> int:
+    """Bytes that vLLM has for keys and values beside the weights.
+
+    Raises:
+        DataError: the weights leave nothing.
+    """
+    memory = int(device.memory * _MEMORY_SHARE - work.weight_bytes)
+    if memory <= 0:
+        raise DataError(
+            f"{work.weight_bytes / 1e9:.1f} GB of weights leave no memory for a cache on {device.name} "
+            f"({device.memory / 1e9:.0f} GB); use more or larger devices"
+        )
+    return memory
 
 
 @dataclass(frozen=True)
@@ -145,4 +162,7 @@ def calibrate(measured: list[Measured], start: Device) -> Device:
     return device(solved.x).model_copy(update={"how": f"calibrated on {len(measured)} measured loads"})
 
 
-__all__ = ["Counts", "Device", "Measured", "Prediction", "Work", "calibrate", "predict", "schedule", "step_seconds"]
+__all__ = [
+    "Counts", "Device", "Measured", "Prediction", "Work", "cache_memory", "calibrate", "predict", "schedule",
+    "step_seconds",
+]  # fmt: skip

@@ -55,11 +55,6 @@ class Workload:
             for layer in getattr(model.base_model, anatomy.layers)
         ]
 
-    @property
-    def layer_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
-        return 2 * self.shape.groups * self.shape.head_dim * self.dtype.itemsize
-
     def under(self, layers: list[LayerPlan]) -> Work:
         weights, active = 0, 0.0
         for (rest, attention), plan in zip(self.layers, layers, strict=True):
@@ -73,7 +68,7 @@ class Workload:
             weight_bytes=(weights + head) * self.dtype.itemsize,
             attentions=dict(layers_by_window(layers, self.native_windows)),
             pair_flops=4 * self.shape.heads * self.shape.head_dim,
-            kv_bytes=self.layer_bytes,
+            kv_bytes=2 * self.shape.groups * self.shape.head_dim * self.dtype.itemsize,
         )
 
 

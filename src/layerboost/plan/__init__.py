@@ -22,12 +22,12 @@ from layerboost.data.probes import PROBES
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples
 from layerboost.data.sequences import Sequences
 from layerboost.errors import PlanError
-from layerboost.knapsack import options
+from layerboost.knapsack import DEFAULT_KV_REDUCTION, options
 from layerboost.layer_plan import KEEP, LayerPlan, short
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import describe, find_model, load_original, load_tokenizer, pick_device, read_config
 from layerboost.passes import Scorer, ranks
-from layerboost.plan.budget import DEFAULT_KV_REDUCTION, Budget
+from layerboost.plan.budget import Budget
 from layerboost.plan.gates import gate_losses, learn_gates
 from layerboost.plan.greedy import Search
 from layerboost.plan.milp import plan_milp

@@ -10,18 +10,16 @@ import torch
 
 from layerboost import cost
 from layerboost.artifacts import Load, ModelRecord
-from layerboost.cost.device import find_device
+from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Workload
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan, full_plan
 from layerboost.vllm import check_servable
-from layerboost.vllm.kv import GPU_BLOCK, KVLayout, grouped, kv_layout, layers_by_window, padded_bytes
+from layerboost.vllm.kv import GPU_BLOCK, KVLayout, good_block_size, grouped, kv_layout, layers_by_window, padded_bytes
 
 if TYPE_CHECKING:
     from layerboost.plan import Config
 
-DEFAULT_KV_REDUCTION = 0.5
-_MEMORY_SHARE = 0.9  # of a device's memory that vLLM takes
 _ROUNDING = 1e-9
 
 
@@ -48,6 +46,7 @@ class Budget:
         if sum(self.at_least.values()) > model.num_layers:
             raise PlanError(f"at_least asks for {sum(self.at_least.values())} layers, the model has {model.num_layers}")
         self._speeds: dict[Any, float] = {}
+        self._base_rates: dict[int, float] = {}
 
     @cached_property
     def base_bytes(self) -> int:
@@ -85,32 +84,32 @@ class Budget:
         return self.kv_bytes(layers) / max(self.base_bytes, 1)
 
     def speedup(self, layers: list[LayerPlan]) -> float:
-        """Foretold output tokens per second over the base's, under the load on the device."""
+        """Output tokens per second over the base's, under the load on the device, as `predict` foretells them."""
         make_up = tuple(sorted(layers_by_window(layers, self.model.native_windows).items(), key=str))
         if make_up not in self._speeds:
-            self._speeds[make_up] = self._rate(layers) / self._base_rate
+            block = self.config.block_size or good_block_size(layers, on_cpu=self._device.name.startswith("cpu"))
+            if block not in self._base_rates:
+                self._base_rates[block] = self._rate(full_plan(self.model.num_layers), block)
+            self._speeds[make_up] = self._rate(layers, block) / self._base_rates[block]
         return self._speeds[make_up]
 
     @cached_property
-    def _base_rate(self) -> float:
-        return self._rate(full_plan(self.model.num_layers))
+    def _device(self) -> Device:
+        return find_device(self.config.device_profile)
 
     @cached_property
     def _workload(self) -> Workload:
         return Workload(self.model_config, torch.bfloat16)
 
-    def _rate(self, layers: list[LayerPlan]) -> float:
-        config, device = self.config, find_device(self.config.device_profile)
-        work = self._workload.under(layers)
+    def _rate(self, layers: list[LayerPlan], block: int) -> float:
+        config, work = self.config, self._workload.under(layers)
         load = Load(
             concurrency=config.concurrency, prompt_tokens=config.prompt_tokens, output_tokens=config.output_tokens,
             requests=config.concurrency,
         )  # fmt: skip
-        layout = kv_layout(layers, self.model.native_windows, int(work.kv_bytes), config.block_size or GPU_BLOCK)
-        memory = config.kv_memory or int(device.memory * _MEMORY_SHARE - work.weight_bytes)
-        if memory <= 0:
-            raise PlanError(f"the weights leave no memory for a cache on {device.name}; name a larger device")
-        return cost.predict(work, layout, memory, load, device, max_batched_tokens=8_192).tokens_per_second
+        layout = kv_layout(layers, self.model.native_windows, int(work.kv_bytes), block)
+        memory = config.kv_memory or cost.cache_memory(work, self._device)
+        return cost.predict(work, layout, memory, load, self._device, max_batched_tokens=8_192).tokens_per_second
 
     def excess(self, layers: list[LayerPlan]) -> float:
         """How far a plan is from meeting the limits; 0 where it meets them all, infinite where vLLM cannot run it."""

@@ -28,7 +28,7 @@ from layerboost.model.families import Anatomy
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.model.mixers import NoAttention, apply_mixer
 from layerboost.model.mixers import Sequences as MixedSequences
-from layerboost.progress import Advance
+from layerboost.progress import Advance, unheard
 from layerboost.scoring import batch_rows, kl_divergence, log_probabilities, scored_hidden
 
 _KEEP_START = 2.0  # logit of keeping at the start, the others are 0: near the teacher, yet every candidate is heard
@@ -111,7 +111,7 @@ def learn_gates(
     batch: int,
     learning_rate: float = 0.1,
     seed: int,
-    advance: Advance = lambda *_, **__: None,
+    advance: Advance = unheard,
 ) -> tuple[list[list[float]], int]:
     """Gates that stay close to the model while their expected cost comes down to `target`.
 

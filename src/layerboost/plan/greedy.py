@@ -20,7 +20,7 @@ from layerboost.errors import PlanError
 from layerboost.layer_plan import KEEP, LayerPlan, full_plan
 from layerboost.passes import PerSequence, Scorer, count_layers
 from layerboost.plan.budget import Budget
-from layerboost.progress import Advance
+from layerboost.progress import Advance, unheard
 
 Plan = tuple[LayerPlan, ...]
 Place = tuple[int, LayerPlan]  # a change of one layer
@@ -47,7 +47,7 @@ class Search:
     weights: dict[str, float]
     budget: Budget
     most_forwards: float
-    advance: Advance = lambda *_, **__: None
+    advance: Advance = unheard
     known: dict[Plan, float] = field(default_factory=dict)
     path: list[Plan] = field(default_factory=list)
     _base: PerSequence | None = None
