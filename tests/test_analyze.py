@@ -471,7 +471,7 @@ def test_what_layers_from_disk_cannot_do(tiny, settings):
 
 def test_windows_wider_than_native_ones_are_not_tried(tmp_path):
     folder = make_checkpoint(tmp_path, "mistral", sliding_window=9)
-    found = analyze.run(folder, analyze.Config(**SMALL))
+    found = analyze.run(folder, analyze.Config(**(SMALL | {"windows": [4, 9, 16]})))
     assert [[c.window for c in layer] for layer in found.layers] == [[None, 4]] * 4
 
 
