@@ -51,6 +51,17 @@ def test_every_way_is_tried_at_the_budget(finished):
     assert {"linear_attention performer/favor", "linear_attention gla/softmax", "sliding_attention 4 sink"} <= labels
 
 
+def test_a_replacement_is_all_that_its_ways_put_in(finished):
+    asked, _, found = finished
+    plans = {entry.name: set(entry.plan) for entry in found.entries if entry.trial is not None}
+    for name in compare.OPERATORS:
+        mixer = compare.Bout(asked, "model", 0, None)._mixer(name, asked.replacement_window).label
+        for way in {f"aware {name}", f"periodic {name}"} & plans.keys():
+            assert mixer in plans[way], way
+            assert plans[way] <= {mixer, "full_attention"}, way
+    assert sum(name.startswith("aware ") for name in plans) > 4
+
+
 def test_default_windows_are_candidates_too(tiny, tmp_path):
     """As a job says that names a model and nothing else."""
     asked = job(tiny, selectors=["greedy", "uniform"], replacements=[], kv_reduction=0.3)
@@ -132,6 +143,22 @@ def test_verdicts_are_paired(tiny, tmp_path, ours, theirs, verdict):
     assert judged.verdict["after"] == verdict
     assert judged.against["after"].mean == pytest.approx(ours - theirs)
     assert judged.verdict["recall after"] == "ties"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0.1, 0.2), (0.2, 0.1)])
+def test_a_difference_within_its_noise_is_a_tie(tiny, tmp_path, ours, theirs):
+    trials = {"greedy": trial("greedy", ours, spread=5), "milp": trial("milp", theirs, spread=-5)}
+    judged = bout(job(tiny), tmp_path)._judged(entry("milp"), trials)
+    assert judged.verdict["after"] == "ties"
+    assert judged.against["after"].low < 0 < judged.against["after"].high
+
+
+def test_recall_is_judged_on_its_own(tiny, tmp_path):
+    """Lost recall, so less of it wins."""
+    for ours, verdict in ((0.1, "wins"), (0.3, "loses")):
+        trials = {"greedy": trial("greedy", 0.9, ours), "milp": trial("milp", 0.1, 0.2)}
+        judged = bout(job(tiny), tmp_path)._judged(entry("milp"), trials).verdict
+        assert judged == {"before": "loses", "after": "loses", "recall before": verdict, "recall after": verdict}
 
 
 def test_the_same_plan_is_no_tie(tiny, tmp_path):

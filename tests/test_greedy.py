@@ -118,6 +118,25 @@ def test_lazy_descent_takes_the_steps_of_an_eager_one_and_measures_less():
         assert len(model.measured) < eager
 
 
+def test_lazy_descent_narrows_a_layer_in_steps_as_an_eager_one_does():
+    """What a layer's window cost already is no part of what its removal costs on top."""
+    limits = budget(8, kv_reduction=0.8)
+    for seed in range(8):
+        model = MadeUp(8, seed, together=0.2)
+        search = Search(model, [TRIED] * 8, model.single.tolist(), WEIGHTS, limits, 1_000.0)
+        now = search.start
+        while not limits.met(list(now)):
+            saved = {}
+            for i, candidate in itertools.product(range(8), TRIED):
+                step = (*now[:i], candidate, *now[i + 1 :])
+                gain = limits.excess(list(now)) - limits.excess(list(step))
+                if gain > 0:
+                    saved[step] = gain
+            losses = {step: max(model.loss(step) - model.loss(now), 1e-6) / gain for step, gain in saved.items()}
+            now = min(losses, key=losses.get)
+        assert search.descend() == now
+
+
 def test_a_start_of_another_planner_is_never_made_worse():
     model, limits = MadeUp(8, 3), budget(8, kv_reduction=0.5)
     for kept in itertools.combinations(range(8), 4):

@@ -280,6 +280,18 @@ def test_forwards_in_chunks(tiny, monkeypatch):
     assert sum(counted) == pytest.approx(scorer.forwards * 4 * scorer.tokens)
 
 
+def test_processes_share_the_work(tiny, monkeypatch):
+    """Each scores every second plan, and all get all answers."""
+    model, shared = load_original(tiny), []
+    alone = Scorer(model, DATA)(PLANS)
+    for rank in range(2):
+        others = [(i, alone[i]) for i in range(1 - rank, len(PLANS), 2)]
+        monkeypatch.setattr(passes, "ranks", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(passes, "gather", lambda own, others=others: (shared.append(own), [own, others])[1])
+        assert_same(Scorer(model, DATA)(PLANS), alone)
+    assert [[i for i, _ in own] for own in shared] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_no_plans_no_work(tiny):
     scorer = Scorer(load_original(tiny), DATA)
     assert scorer([]) == []

@@ -74,6 +74,9 @@ def test_ranks_are_scipys(two, tmp_path):
         assert agreed.rank.count == 6
         assert -1 <= agreed.rank.low <= agreed.rank.mean <= agreed.rank.high <= 1
     assert any(agreed.rank.low < agreed.rank.high for agreed in found.files)
+    both_ways = {(str(first), str(second)), (str(second), str(first))}
+    assert {(row.made_on, row.judged_on) for row in found.transfer} == both_ways
+    assert len(found.transfer) == 2 * 3
 
 
 def test_noise_widens_the_interval():
