@@ -1,9 +1,11 @@
 """Corpus, sequences and probes: what is in them, and what must never be."""
 
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from layerboost.data.corpus import open_corpus, split_of, standard_library
 from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
 from layerboost.data.samples import recall_pairs, samples, training_rows
 from layerboost.data.sequences import text_sequences, token_stream
-from layerboost.errors import DataError
+from layerboost.errors import DataError, EnvironmentTrouble
 from tests.tiny import tokenizer
 
 SPLITS = ("train", "validation", "held_out")
@@ -69,6 +71,40 @@ def test_users_own_text(tmp_path):
     assert all(corpus.split(split) for split in SPLITS)
 
 
+def test_rows_that_come_twice_are_one_document(tmp_path):
+    rows = [f"row {n % 5}\u2028" for n in range(20)]
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows))
+    (tmp_path / "c.txt").write_text("row 1\u2028")
+    documents = open_corpus(tmp_path).documents
+    assert [d.name for d in documents] == [f"a.jsonl#{n}" for n in range(5)] + ["c.txt#0"]
+    assert [d.text for d in documents] == [*rows[:5], rows[1]]
+
+
+def test_parquet_is_read_like_jsonl(tmp_path):
+    rows = [{"text": f"row {n}", "other": n} for n in range(9)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet, jsonl = (open_corpus(tmp_path / f"rows.{kind}").documents for kind in ("parquet", "jsonl"))
+    assert [d.text for d in parquet] == [d.text for d in jsonl] == [row["text"] for row in rows]
+    assert parquet[3].name == "rows.parquet#3"
+
+
+def test_parquet_that_cannot_be_used(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([{"other": "row"}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet has no column text; its columns are other"):
+        open_corpus(tmp_path)
+    datasets.Dataset.from_list([{"text": 1}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet row 1: must be a JSON object with a string under the key text"):
+        open_corpus(tmp_path)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(DataError, match=r"rows.parquet cannot be read as parquet: "):
+        open_corpus(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EnvironmentTrouble, match=r"pip install 'layerboost\[data\]'"):
+        open_corpus(tmp_path)
+
+
 def test_text_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         open_corpus(tmp_path / "nowhere")
@@ -76,6 +112,9 @@ def test_text_that_cannot_be_used(tmp_path):
         open_corpus(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
     with pytest.raises(DataError, match="line 2: must be a JSON object with a string under the key text"):
+        open_corpus(tmp_path)
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"bad.jsonl cannot be read: .*; it must be UTF-8 with one JSON object a line"):
         open_corpus(tmp_path)
 
 
@@ -193,8 +232,9 @@ def test_training_rows_are_as_many_as_asked_and_repeat_small_text(tmp_path):
     assert rows.tokens.shape == (400, 96)
     again = training_rows(open_corpus(tmp_path), tokenizer(), 258, rows=400, length=96, probe_share=0.4, seed=0)
     assert torch.equal(rows.tokens, again.tokens)
-    text = rows.scored[:, 1:].all(1).sum().item()
-    assert text == 240
+    text = (rows.scored == (rows.positions > 0)).all(1)
+    assert text.sum() == 240
+    assert (rows.positions[~text] == torch.arange(96)).all()
     for share, count in ((0.0, 10), (1.0, 10), (0.4, 1)):
         assert (
             len(

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from layerboost.errors import DataError
+from layerboost.errors import DataError, EnvironmentTrouble
 
 Split = Literal["train", "validation", "held_out"]
 
@@ -86,28 +86,32 @@ def standard_library() -> Corpus:
 
 
 _PIECE = 4_096
+_ROWS = (".jsonl", ".parquet")
 
 
 def open_corpus(source: Path | None) -> Corpus:
     """A user's text, or the built-in corpus.
 
     Args:
-        source: a UTF-8 text file, a `.jsonl` file of objects with a `text` key, or a folder of such files. Long files
-            are cut into pieces of 4,096 characters, so that every split gets some.
+        source: a UTF-8 text file, a `.jsonl` file of objects with a `text` key, a `.parquet` file with a `text` column,
+            or a folder of such files. Long text files are cut into pieces of 4,096 characters, so that every split
+            gets some; a row is a document, and counts once however often it comes.
 
     Raises:
         DataError: nothing there, nothing that can be read, or too little for every split.
+        EnvironmentTrouble: pyarrow is needed and not installed.
     """
     if source is None:
         return standard_library()
-    if not source.exists():
-        raise DataError(f"text {source} does not exist; name a file or a folder of UTF-8 text")
-    root, files = (source, source.rglob("*")) if source.is_dir() else (source.parent, [source])
-    documents = read_documents(root, (path for path in files if path.is_file()))
-    pieces = [piece for document in documents for piece in _pieces(document)]
+    root, files = files_of(source)
+    pieces: dict[str, Document] = {}
+    for path in files:
+        for piece in _pieces(root, path):
+            # a row that came twice could stand in two splits
+            pieces.setdefault(piece.text if path.suffix in _ROWS else piece.name, piece)
     if not pieces:
         raise DataError(f"text {source} holds no UTF-8 text; name a file or a folder of UTF-8 text")
-    corpus = Corpus(source.name, tuple(pieces))
+    corpus = Corpus(source.name, tuple(pieces.values()))
     if len(set(corpus.splits.values())) < len(get_args(Split)):
         raise DataError(
             f"text {source} holds {len(pieces)} pieces; train, validation and held-out split need one each, "
@@ -116,20 +120,84 @@ def open_corpus(source: Path | None) -> Corpus:
     return corpus
 
 
-def _pieces(document: Document) -> Iterable[Document]:
-    texts = [document.text[at : at + _PIECE] for at in range(0, len(document.text), _PIECE)]
-    if document.name.endswith(".jsonl"):
+def files_of(source: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the file, or all files under a folder in order.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    if not source.exists():
+        raise DataError(f"text {source} does not exist; name a file or a folder of UTF-8 text")
+    if source.is_dir():
+        return source, sorted(path for path in source.rglob("*") if path.is_file())
+    return source.parent, [source]
+
+
+def _pieces(root: Path, path: Path) -> list[Document]:
+    name = path.relative_to(root).as_posix()
+    if path.suffix in _ROWS:
+        texts = [_text_of(row, where) for where, row in read_rows(path, "text", name)]
+    else:
         texts = [
-            _text_of(line, document.name, n) for n, line in enumerate(document.text.splitlines(), 1) if line.strip()
+            document.text[at : at + _PIECE]
+            for document in read_documents(root, [path])
+            for at in range(0, len(document.text), _PIECE)
         ]
-    return [Document(f"{document.name}#{n}", text) for n, text in enumerate(texts)]
+    return [Document(f"{name}#{n}", text) for n, text in enumerate(texts)]
 
 
-def _text_of(line: str, name: str, number: int) -> str:
+def read_rows(path: Path, column: str, name: str | None = None) -> list[tuple[str, Any]]:
+    """Rows of a `.jsonl` or `.parquet` file, each after the name of its place, such as `rows.jsonl line 3`.
+
+    Args:
+        column: the only one that is read of a `.parquet` file.
+        name: of the file in places and errors; its own by default.
+
+    Returns:
+        What should be an object; a line that is not JSON reads as None.
+
+    Raises:
+        DataError: the file cannot be read.
+        EnvironmentTrouble: pyarrow is needed and not installed.
+    """
+    name = name or path.name
+    if path.suffix == ".parquet":
+        return [(f"{name} row {n}", row) for n, row in enumerate(_read_parquet(path, column, name), 1)]
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold the other ends of lines
+    except (OSError, UnicodeDecodeError) as trouble:
+        raise DataError(f"{name} cannot be read: {trouble}; it must be UTF-8 with one JSON object a line") from None
+    return [(f"{name} line {n}", _parsed(line)) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_parquet(path: Path, column: str, name: str) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    except ImportError as trouble:
+        raise EnvironmentTrouble(f"{name} needs pyarrow ({trouble}): pip install 'layerboost[data]'") from None
+    try:
+        columns = parquet.read_schema(path).names
+        if column not in columns:
+            raise DataError(f"{name} has no column {column}; its columns are {', '.join(columns)}")
+        rows: list[dict[str, Any]] = parquet.read_table(path, columns=[column]).to_pylist()
+    except (ArrowException, OSError) as trouble:
+        raise DataError(f"{name} cannot be read as parquet: {first_line(trouble)}") from None
+    return rows
+
+
+def first_line(trouble: Exception) -> str:
+    return next(iter(str(trouble).splitlines()), type(trouble).__name__)
+
+
+def _text_of(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise DataError(f"{name} line {number}: must be a JSON object with a string under the key text")
+        raise DataError(f"{where}: must be a JSON object with a string under the key text")
     return text

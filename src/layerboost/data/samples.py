@@ -11,8 +11,17 @@ from pydantic import Field
 from layerboost.artifacts import Record, text_digest
 from layerboost.data.corpus import Corpus, Split, open_corpus, standard_library
 from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
-from layerboost.data.sequences import Sequences, text_sequences, token_stream
-from layerboost.errors import DataError
+from layerboost.data.sequences import Sequences, Wanted, text_sequences, token_stream
+from layerboost.data.sources import (
+    Generate,
+    Source,
+    cache_folder,
+    chat_rows,
+    generated_rows,
+    hub_rows,
+    text_rows,
+)
+from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import tokenizer_digest
 
 TEXT = "text"
@@ -116,38 +125,82 @@ def probe_maker(corpus: Corpus, tokenizer: Any, vocabulary: int, *, split: Split
 
 
 def training_rows(
-    corpus: Corpus, tokenizer: Any, vocabulary: int, *, rows: int, length: int, probe_share: float, seed: int
+    corpus: Corpus,
+    tokenizer: Any,
+    vocabulary: int,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    probe_share: float = 0.4,
+    sources: Sequence[Source] | None = None,
+    pack: bool = True,
+    generate: Generate | None = None,
+    cache: Path | None = None,
+    teacher: str = "",
 ) -> Sequences:
-    """Exactly `rows` sequences of the train split in random order: text, and probes with many questions each.
+    """Exactly `rows` sequences of `length` tokens in random order, mixed from sources by their weights.
 
-    Text is repeated, in another order each time, when the split holds less than is asked for.
+    Text is of the train split alone. What holds less than is asked for is repeated, in another order each time.
+
+    Args:
+        corpus: where text comes from, unless a source names its own.
+        vocabulary: ids the model has embeddings for.
+        probe_share: share of recall probes, where no sources are named; the rest is text.
+        pack: lay documents end to end in rows; otherwise every row is one document, or a part of it, and padding.
+        generate: writes text as the teacher, for sources of that kind.
+        cache: folder for rows of the hub, by default the user's, and for generated tokens, which are not kept without.
+        teacher: the digest of the model behind `generate`; in a cache, generated tokens are kept apart by it.
+
+    Raises:
+        DataError: a source has too little, or cannot be read, or the tokenizer does not belong to the model.
+        UsageError: there is no source, or nothing that writes generated text.
+        EnvironmentTrouble: an optional package is not installed, or the cache cannot be written.
     """
-    asked = round(rows * probe_share)
-    parts = [_text_rows(corpus, tokenizer, vocabulary, rows - asked, length, seed)] if rows > asked else []
-    if asked:
-        maker = probe_maker(corpus, tokenizer, vocabulary, split="train", length=length, seed=seed)
-        for i, probe in enumerate(PROBES):
-            count = (asked + i) // len(PROBES)
-            if count:
-                parts.append(probe_sequences(maker, probe, count=count, length=length, distance=None))
+    if sources is None:
+        shares = (("text", 1 - probe_share), ("probes", probe_share))
+        sources = [Source.model_validate({"kind": kind, "weight": share}) for kind, share in shares if share]
+
+    def draw(source: Source, wanted: Wanted) -> Sequences:
+        match source.kind:
+            case "probes":
+                return _probe_rows(corpus, tokenizer, vocabulary, wanted)
+            case "chat":
+                return chat_rows(source, tokenizer, wanted)
+            case "hub":
+                return hub_rows(source, tokenizer, wanted, cache or cache_folder())
+        own = open_corpus(Path(source.path)) if source.path else corpus
+        if source.kind == "text":
+            return text_rows(own.split("train"), f"text {own.name}: its train split", tokenizer, wanted)
+        if generate is None:
+            raise UsageError("a source of kind generated needs a teacher that writes, and here is none")
+        return generated_rows(own, tokenizer, wanted, generate, cache, teacher)
+
+    parts = []
+    for source, count in zip(sources, _counts(sources, rows), strict=True):
+        if count:
+            parts.append(draw(source, Wanted(count, length, pack, seed)))
+            check_vocabulary(parts[-1].tokens, vocabulary)
     together = Sequences.concatenate(parts)
     return together[torch.from_numpy(np.random.default_rng(seed).permutation(rows))]
 
 
-def _text_rows(corpus: Corpus, tokenizer: Any, vocabulary: int, rows: int, length: int, seed: int) -> Sequences:
-    parts: list[Sequences] = []
-    missing = rows
-    while missing:
-        documents = corpus.split("train")
-        part = text_sequences(documents, tokenizer, count=missing, length=length, seed=seed + len(parts))
-        if not len(part):
-            raise DataError(
-                f"text {corpus.name}: its train split holds less than one sequence of {length} tokens; give more text"
-            )
-        check_vocabulary(part.tokens, vocabulary)
-        parts.append(part)
-        missing -= len(part)
-    return Sequences.concatenate(parts)
+def _counts(sources: Sequence[Source], rows: int) -> list[int]:
+    """Rows of each source: their weights' shares, rounded so that they add up."""
+    if not sources:
+        raise UsageError("data names no source; give at least one, such as kind: text")
+    ends = np.cumsum([source.weight for source in sources])
+    return np.diff(np.round(rows * ends / ends[-1]).astype(int), prepend=0).tolist()
+
+
+def _probe_rows(corpus: Corpus, tokenizer: Any, vocabulary: int, wanted: Wanted) -> Sequences:
+    """Probes with many questions each, of every kind as many."""
+    length = wanted.length
+    maker = probe_maker(corpus, tokenizer, vocabulary, split="train", length=length, seed=wanted.seed)
+    counts = {probe: (wanted.rows + i) // len(PROBES) for i, probe in enumerate(PROBES)}
+    return Sequences.concatenate(
+        [probe_sequences(maker, probe, count=n, length=length, distance=None) for probe, n in counts.items() if n]
+    )
 
 
 def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
