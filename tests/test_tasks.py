@@ -1,6 +1,4 @@
 import copy
-import functools
-import json
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -17,32 +15,17 @@ from layerboost.errors import DataError, EnvironmentTrouble, UsageError
 from layerboost.model.loading import load_original
 from layerboost.progress import unheard
 from layerboost.tasks import task_scores
+from tests.harness import WORDS, only_own_tasks, write_task
 from tests.tiny import FULL, NONE, linear, tokenizer, window
 
 pytest.importorskip("lm_eval")
 
 PLANS = [[FULL] * 4, [FULL, window(3), FULL, NONE], [FULL, window(3), linear("linear", feature_map="elu"), FULL]]
-WORDS = ["amber", "basil", "cedar", "delta", "ember", "flint", "grove", "hazel"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
-            patch.setattr(datasets.config, name, tmp_path_factory.mktemp(name))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def own_tasks(monkeypatch):
-    """Only the tests' own tasks: to read the thousands that the harness brings takes seconds."""
-    import lm_eval.tasks
-
-    own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(lm_eval.tasks, "TaskManager", own)
+def own_tasks(tmp_path_factory):
+    with only_own_tasks(tmp_path_factory.mktemp("datasets")) as patch:
         yield patch
 
 
@@ -81,16 +64,6 @@ def folder(tmp_path_factory, stock):
     write_task(root, "read", documents, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
                metric_list=[{"metric": "word_perplexity"}])  # fmt: skip
     return root
-
-
-def write_task(root, name, documents, **config):
-    data = root / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    given = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test", "doc_to_text": "{{text}}",
-    }  # fmt: skip
-    (root / f"{name}.yaml").write_text(yaml.safe_dump(given | config))
 
 
 def written(judge, prompts, settings):
@@ -192,7 +165,7 @@ def test_groups_count_as_all_of_their_tasks(model, folder, tmp_path):
     np.testing.assert_array_equal(got[0]["both"][:2], got[0]["choose"])
 
 
-def test_trouble_is_told_in_a_line(model, folder, tmp_path, monkeypatch, own_tasks):
+def test_trouble_is_told_in_a_line(model, folder, tmp_path, monkeypatch):
     def told(error, name, folder=tmp_path):
         with pytest.raises(error) as caught:
             task_scores(model, tokenizer(), PLANS[:1], [name], limit=1, folder=folder)
@@ -213,7 +186,11 @@ def test_trouble_is_told_in_a_line(model, folder, tmp_path, monkeypatch, own_tas
     write_task(tmp_path, "faulty", [{"text": "a"}], output_type="multiple_choice", doc_to_choice="{{nothing.here}}",
                doc_to_target="0")  # fmt: skip
     assert "faulty" in told(DataError, "faulty")
-    own_tasks.undo()
-    assert "arc_easy cannot be read" in told(DataError, "arc_easy", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'layerboost[tasks]'" in told(EnvironmentTrouble, "choose", folder)
+
+
+def test_data_that_are_not_here_are_said(own_tasks):  # the last test: it reads all tasks that the harness brings
+    own_tasks.undo()
+    with pytest.raises(DataError, match="arc_easy cannot be read from this machine"):
+        tasks.load_tasks(["arc_easy"])

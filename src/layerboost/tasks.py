@@ -1,9 +1,9 @@
-"""Any task of EleutherAI's lm-evaluation-harness, by name, as a probe of what many plans of one model lose.
+"""Any task of EleutherAI's lm-evaluation-harness, by name: of one model, or as a probe of what many plans of it lose.
 
-The harness asks twice. The first time its questions are noted; they are then answered under all plans together, with
-every common beginning of the plans computed once; and for each plan it asks again, gets that plan's answers, and
-computes its metrics itself. Task data come from this machine: nothing is downloaded, and no code but the harness's own
-and that beside a task's YAML runs.
+One model is measured by the harness alone, with its own `HFLM`. Many plans make it ask twice: the first time its
+questions are noted; they are then answered under all plans together, with every common beginning of the plans computed
+once; and for each plan it asks again, gets that plan's answers, and computes its metrics itself. Task data come from
+this machine: nothing is downloaded, and no code but the harness's own and that beside a task's YAML runs.
 
 B requests, T tokens, E hidden size, K scored tokens, V vocabulary, D documents, L layers.
 """
@@ -11,11 +11,13 @@ B requests, T tokens, E hidden size, K scored tokens, V vocabulary, D documents,
 import difflib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from itertools import groupby
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
+from layerboost.artifacts import TaskScore, file_digest
 from layerboost.errors import CheckpointError, DataError, EnvironmentTrouble, LayerBoostError, UsageError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid, LogitsHead
@@ -36,6 +39,7 @@ from layerboost.scoring import CHUNK_ELEMENTS, batch_rows, log_probabilities
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a context, and of the continuation that is scored
 Likelihoods = dict[Pair, tuple[float, bool]]  # log-probability in nats, and whether greedy decoding would write it
 Texts = dict[tuple[str, str], str]  # what is written after a prompt, under generation settings in JSON
+Asked = dict[str, dict[str, Any]]  # per name of a task, group or tag, what the harness loads under it
 
 # The metric of a document is the first of these that the task has, or else its own first.
 MAIN_METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte")
@@ -74,7 +78,7 @@ def task_scores(
         DataError: a task's data are not on this machine, or the harness cannot work with them.
         EnvironmentTrouble: the harness is not installed.
     """
-    asked = _load(tasks, folder)
+    asked = load_tasks(tasks, folder)
     player = _player_class()(model, tokenizer)
     _play(player, asked, limit)
     pairs, prompts = list(player.likelihoods), list(player.texts)
@@ -95,8 +99,83 @@ def task_scores(
     return scores, (computed / len(model.decoder_layers) + written) / (tokens + written / len(plans))
 
 
-def _load(names: Sequence[str], folder: Path | None) -> dict[str, dict[str, Any]]:
-    """Per name, the harness's tasks by their own names."""
+def task_results(
+    model: Any, tokenizer: Any, asked: Asked, *, limit: int | None = None, batch: int = 8, advance: Advance = unheard
+) -> dict[str, dict[str, TaskScore]]:
+    """What the harness finds for one model: the numbers are those that it gives for the checkpoint's folder.
+
+    Nothing is cached: the harness's cache would not know a hybrid from its original.
+
+    Args:
+        asked: from `load_tasks`.
+        limit: documents of each task, its first; all of them by default.
+        batch: requests at once; other batches round otherwise.
+        advance: hears of one step per name.
+
+    Returns:
+        Per task and metric. A group that has a score of its own stands for its tasks; other groups and tags do not.
+
+    Raises:
+        DataError: the harness cannot work with a task's data, or finds nothing.
+    """
+    found: dict[str, dict[str, TaskScore]] = {}
+    for name, loaded in asked.items():
+        with _harness(f"task {name}"), torch.random.fork_rng():
+            from lm_eval import evaluator
+            from lm_eval.models.huggingface import HFLM
+
+            _prepare(loaded["tasks"].values())
+            torch.manual_seed(_SEED)  # of tasks that draw what is written
+            judge = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+            results = evaluator.evaluate(judge, loaded, limit=limit, log_samples=False)
+        own = _metrics(results, name)
+        found |= {name: own} if own else {task: _metrics(results, task) for task in loaded["tasks"]}
+        if not any(found.get(task) for task in (name, *loaded["tasks"])):
+            raise DataError(f"task {name}: lm-eval finds no metric for it; use another task")
+        advance()
+    return found
+
+
+def _metrics(results: dict[str, Any], task: str) -> dict[str, TaskScore]:
+    """A task's row of the harness's results, where a metric is called `acc,none`: by its filter, if it has one."""
+    row = results["results"].get(task, {})
+    better = results["higher_is_better"].get(task, {})
+    found = {}
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith("_stderr"):
+            found[metric if kind == "none" else f"{metric}, {kind}"] = TaskScore(
+                value=_finite(value), stderr=_finite(row.get(f"{metric}_stderr,{kind}")),
+                higher_is_better=better.get(metric), documents=row["sample_len"],
+            )  # fmt: skip
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def task_files(folder: Path | None) -> dict[str, str]:
+    """Digests of the task files in a folder."""
+    if folder is None:
+        return {}
+    files = sorted(path for kind in ("*.yaml", "*.py") for path in folder.rglob(kind))
+    return {f"task {path.relative_to(folder)}": file_digest(path) for path in files}
+
+
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> Asked:
+    """Per name, the harness's `tasks` by their own names, and its `groups`.
+
+    Args:
+        folder: where further task YAMLs are, which may name functions in Python files beside them.
+
+    Raises:
+        UsageError: there is no such task, or one asks for code from elsewhere.
+        DataError: a task's data are not on this machine.
+        EnvironmentTrouble: the harness is not installed.
+    """
+    if not names:
+        return {}
     with _harness("lm-eval's tasks cannot be listed"):
         from lm_eval.tasks import TaskManager
 
@@ -107,8 +186,8 @@ def _load(names: Sequence[str], folder: Path | None) -> dict[str, dict[str, Any]
             raise UsageError(_unknown(name, manager, folder))
         _refuse_code(manager, [name])
         with _harness(f"task {name} cannot be read from this machine, and tasks are not downloaded"):
-            found[name] = dict(manager.load([name])["tasks"])
-        _refuse_code(manager, found[name])
+            found[name] = dict(manager.load([name]))
+        _refuse_code(manager, found[name]["tasks"])
     return found
 
 
@@ -153,7 +232,7 @@ def _harness(what: str) -> Iterator[None]:
             stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
             stack.enter_context(patch.object(evaluate.config, "HF_EVALUATE_OFFLINE", True))
             yield
-    except LayerBoostError:
+    except (LayerBoostError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as trouble:  # tasks are other people's code: anything may come out of it
         line = next(iter(str(trouble).splitlines()), "")
@@ -228,17 +307,23 @@ def _player_class() -> Any:
     return PlayedLM
 
 
-def _play(player: Any, asked: dict[str, dict[str, Any]], limit: int | None) -> dict[str, np.ndarray]:
+def _prepare(tasks: Iterable[Any]) -> None:
+    """As `lm_eval.simple_evaluate` does, so that few-shot examples are the same every time."""
+    for task in tasks:
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+
+
+def _play(player: Any, asked: Asked, limit: int | None) -> dict[str, np.ndarray]:
     """Per name, `[D]` scores that the harness computes from a player's answers."""
     scores = {}
-    for name, tasks in asked.items():
+    for name, loaded in asked.items():
+        tasks = loaded["tasks"]
         with _harness(f"task {name}"):
             from lm_eval import evaluator
 
-            for task in tasks.values():  # as `lm_eval.simple_evaluate` does
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=_SEED)
+            _prepare(tasks.values())
             found = evaluator.evaluate(player, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
             values = [_per_document(task, found["samples"][own]) for own, task in tasks.items()]
             scores[name] = np.concatenate(values)
