@@ -12,7 +12,6 @@ import pytest
 from layerboost import artifacts
 from layerboost.artifacts import (
     CurvePoint,
-    Healing,
     Plan,
     intact,
     load,
@@ -188,9 +187,9 @@ def test_missing_files_and_folders(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_refused():
-    point = {"step": 0, "tokens": 0, "nll": 1.0, "recall": 0.5}
+    point = {"step": 0, "tokens": 0, "nll": 1.0, "recall": 0.5, "recall_kl": 0.1}
     with pytest.raises(ValueError, match="finite"):
-        Healing(tokens=1, steps=1, trained_parameters=1, curve=[CurvePoint(**point, kl=float("nan"))])
+        CurvePoint(**point, kl=float("nan"))
 
 
 def test_unknown_keys_deep_inside_are_errors_with_a_hint(tmp_path):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
-from layerboost.heal.trainer import adapted_modules
+from layerboost.heal import Config as HealConfig
+from layerboost.heal.student import Counts, Healer
 from layerboost.model import selfcheck
 from layerboost.model.families import VERIFIED
 from layerboost.model.loading import describe, load_original, read_config
@@ -62,8 +64,12 @@ def test_native_windows_as_wide_as_the_context_are_none(tmp_path):
 
 
 def test_healing_gpt2_adapts_its_own_kind_of_linear(tmp_path):
-    names = adapted_modules(load_original(make_checkpoint(tmp_path, "gpt2", n_layer=4)), [NONE, FULL, FULL, FULL])
-    assert len(names) == 3 * 2 + 4 * 2
+    model = load_original(make_checkpoint(tmp_path, "gpt2", n_layer=4))
+    healer = Healer(model, [NONE, FULL, FULL, FULL], HealConfig())
+    assert len(healer.targets) == 3 * 2 + 4 * 2
+    tokens = some_tokens(2, 24)
+    batch = Sequences(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert healer.backward(batch, Counts.of(batch)) > 0
 
 
 @pytest.mark.parametrize(

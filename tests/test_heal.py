@@ -1,27 +1,38 @@
-"""Healing: losses against float64, one set of weights as teacher and student, and resuming to the same bytes."""
+"""Healing: losses against float64, one set of weights as teacher and student, and what is trained."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from layerboost import convert, heal
-from layerboost.artifacts import Plan
+from layerboost.artifacts import CurvePoint, Plan
 from layerboost.data.sequences import Sequences
-from layerboost.errors import CheckpointError, DataError, TrainingError, UsageError
-from layerboost.heal import trainer
-from layerboost.heal.checkpoint import save_step, steps
-from layerboost.heal.losses import chunked_kl, hidden_loss
-from layerboost.heal.trainer import Healer, adapted_modules, schedule
+from layerboost.errors import CheckpointError, DataError, UsageError
+from layerboost.heal.losses import (
+    LOSSES,
+    mixed_logits_loss,
+    relative_error,
+    top_k_kl,
+    value_relations,
+)
+from layerboost.heal.recovery import Recovery, looks
+from layerboost.heal.student import Counts, Healer, merge
+from layerboost.heal.training import schedule
 from layerboost.model.loading import load_model, load_original
 from tests.conftest import FAMILIES
 from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, window
 
 LAYERS = [NONE, window(8), FULL, NONE]
 SETTINGS = heal.Config(tokens=3_072, length=64, batch=4, rank=4, texts=2, answers=2, learning_rate=3e-3)
+LOGITS = [name for name, loss in LOSSES.items() if loss.needs == "logits"]
+
+
+def settings_with(**changes):
+    return heal.Config(**SETTINGS.model_dump() | changes)
 
 
 @pytest.fixture(scope="module")
@@ -35,103 +46,412 @@ def scored(tokens):
     return Sequences(tokens, mask)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100, None])
-def test_chunked_kl_against_float64(chunk):
-    torch.manual_seed(0)
-    head = torch.nn.Linear(6, 50, bias=False)
-    student = torch.randn(7, 6, requires_grad=True)
-    teacher = torch.randn(7, 6)
-    loss = chunked_kl(student, teacher, head, chunk=chunk)
-    loss.backward()
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def written_out(name, s, t, targets):
+    """`[K, V]` logits in float64 to the mean loss, from the definitions."""
+    p, q = t.softmax(-1), s.softmax(-1)
+    if name == "forward_kl":
+        return (p * (p / q).log()).sum(-1)
+    if name == "reverse_kl":
+        return (q * (q / p).log()).sum(-1)
+    if name == "jensen_shannon":
+        m = (p + q) / 2
+        return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+    return -q.log()[torch.arange(len(targets)), targets]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 23), vocabulary=st.integers(2, 70), hidden=st.integers(1, 9), chunk=st.integers(1, 30),
+    seed=st.integers(0, 10_000), names=st.sets(st.sampled_from(LOGITS), min_size=1), scale=st.sampled_from([0.1, 1, 5]),
+)  # fmt: skip
+def test_losses_on_logits_against_float64(tokens, vocabulary, hidden, chunk, seed, names, scale):
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(False)
+    student = (scale * torch.randn(tokens, hidden)).requires_grad_()
+    teacher, targets = scale * torch.randn(tokens, hidden), torch.randint(vocabulary, (tokens,))
+    weights = {name: 0.5 + i for i, name in enumerate(sorted(names))}
+    loss = mixed_logits_loss(weights, student, teacher, targets, head, chunk=chunk)
+    (3 * loss).backward()
     exact = student.detach().double().requires_grad_()
-    weight = head.weight.detach().double()
-    p, q = ((hidden @ weight.T).log_softmax(-1) for hidden in (teacher.double(), exact))
-    wanted = (p.exp() * (p - q)).sum(-1).mean()
-    wanted.backward()
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    matrix = head.weight.double().T
+    wanted = sum(
+        weight * written_out(name, exact @ matrix, teacher.double() @ matrix, targets).sum()
+        for name, weight in weights.items()
+    )
+    (3 * wanted).backward()
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-3, atol=2e-5)
 
 
-def test_chunked_kl_of_nothing_is_zero():
-    student = torch.randn(0, 6, requires_grad=True)
-    loss = chunked_kl(student, torch.randn(0, 6), torch.nn.Linear(6, 50))
-    loss.backward()
-    assert loss.item() == 0
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 12), vocabulary=st.integers(3, 60), kept=st.integers(1, 60), seed=st.integers(0, 10_000))
+def test_what_is_kept_of_a_teacher(tokens, vocabulary, kept, seed):
+    """KL over the kept tokens and the rest as one: as in float64, and never above the whole."""
+    torch.manual_seed(seed)
+    kept = min(kept, vocabulary)
+    student, teacher = (torch.randn(tokens, vocabulary).double().log_softmax(-1) for _ in range(2))
+    top = teacher.topk(kept)
+    found = top_k_kl(student.float(), top.indices, top.values.float())
+    p, q = top.values.exp(), student.gather(-1, top.indices).exp()
+    rest, own_rest = 1 - p.sum(-1), 1 - q.sum(-1)
+    wanted = (p * (p / q).log()).sum(-1)
+    if kept < vocabulary:
+        wanted = wanted + rest * (rest / own_rest).log()
+    whole = (teacher.exp() * (teacher - student)).sum(-1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
+    assert (found.double() <= whole + 1e-4).all()
+    if kept == vocabulary:
+        torch.testing.assert_close(found.double(), whole, rtol=1e-3, atol=1e-4)
 
 
-def test_hidden_loss_is_a_share_of_the_variance():
-    teacher = torch.randn(2, 30, 8) * 3
-    assert hidden_loss([teacher], [teacher]).item() == 0
-    assert hidden_loss([torch.zeros_like(teacher)], [teacher]).item() == pytest.approx(1, abs=0.1)
+def test_logits_are_never_whole():
+    """No more than a chunk's worth of tokens reaches the head at once, and each of them once per model."""
+    seen = []
 
+    def head(hidden):
+        seen.append(len(hidden))
+        return hidden @ torch.eye(8)
+
+    student = torch.randn(50, 8, requires_grad=True)
+    mixed_logits_loss(
+        {"forward_kl": 1.0}, student, torch.randn(50, 8), torch.zeros(50).long(), head, chunk=7
+    ).backward()
+    assert max(seen) == 7
+    assert sum(seen) == 2 * 50
+
+
+def test_losses_on_hidden_states():
+    teacher, student = torch.randn(2, 30, 8) * 3, torch.randn(2, 30, 8)
+    assert relative_error(teacher, teacher).abs().max() == 0
+    assert torch.allclose(relative_error(torch.zeros_like(teacher), teacher), torch.ones(2, 30))
+    teacher[:, 0] *= 1_000  # as the first token's are in pretrained models
+    assert relative_error(student, teacher)[:, 1:].mean() > 0.5
+    found = LOSSES["cosine"].function(student, teacher)
+    wanted = 1 - (student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_value_relations_pair_by_pair():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    visible = torch.rand(2, 5, 5) > 0.4
+    visible |= torch.eye(5, dtype=torch.bool)
+    found = value_relations(student, teacher, visible)
+    for b in range(2):
+        for t in range(5):
+            keys = visible[b, t].nonzero()[:, 0]
+            total = 0.0
+            for g in range(3):
+                p, q = ((v[b, g, t] @ v[b, g, keys].T / 2.0).softmax(-1) for v in (teacher, student))
+                total += (p * (p / q).log()).sum().item() / 3
+            assert found[b, t].item() == pytest.approx(total, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- one set of weights
 
 OWN = [window(8, sink=True), linear("lolcats", 8), linear("gla"), FULL]  # mixers with parameters of their own
 
 
+def make_healer(folder, layers, config=SETTINGS):
+    model, other = load_original(folder), load_original(folder)
+    other.convert(layers)
+    return Healer(model, layers, config, other.own_mixers())
+
+
+def shaken(healer, by=0.05):
+    """With all that is trained moved away from where it starts."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in healer.parameters.values():
+            parameter.add_(by * torch.randn_like(parameter))
+    return healer
+
+
+def gradients(healer, batch, size=None):
+    for parameter in healer.parameters.values():
+        parameter.grad = None
+    counts = Counts.of(batch)
+    loss = sum(healer.backward(part, counts) for part in batch.batches(size or len(batch)))
+    return loss, {name: p.grad.clone() for name, p in healer.parameters.items() if p.grad is not None}
+
+
+def assert_same(found, wanted, **tolerance):
+    assert torch.allclose(found[0], wanted[0], rtol=1e-4, atol=1e-6)
+    assert found[1].keys() == wanted[1].keys()
+    for name in wanted[1]:
+        torch.testing.assert_close(found[1][name], wanted[1][name], **({"rtol": 1e-3, "atol": 1e-6} | tolerance))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [LAYERS, OWN], ids=["none and window", "own parameters"])
-@torch.no_grad()
 def test_teacher_and_student_share_weights(checkpoints, family, layers):
-    """The teacher stays bit-equal to the original, whatever the adapter holds; merged equals unmerged."""
-    original, model = load_original(checkpoints[family]), load_original(checkpoints[family])
-    native = native_windows(model.config, 4)
+    """The teacher stays bit-equal to the original, whatever is trained; merged equals unmerged."""
+    original = load_original(checkpoints[family])
+    native = native_windows(original.config, 4)
     layers = [FULL if p.mixer == "linear_attention" and n else p for p, n in zip(layers, native, strict=True)]
-    other = load_original(checkpoints[family])
-    other.convert(layers)
-    healer = Healer(model, layers, SETTINGS, other.own_mixers())
+    config = settings_with(norms=True, gradient_checkpointing=True)
+    healer = shaken(make_healer(checkpoints[family], layers, config))
     assert bool(healer.mixing) == any(p.sink or p.mixer == "linear_attention" for p in layers)
-    for parameter in healer.parameters.values():
-        parameter.add_(0.05 * torch.randn_like(parameter))
     tokens = some_tokens(2, 40)
-    with healer.teacher():
-        assert torch.equal(
-            healer.model.base_model(tokens).last_hidden_state, original.base_model(tokens).last_hidden_state
-        )
-    with healer.student():
+    wanted = original.base_model(tokens).last_hidden_state
+    for _ in range(2):
+        with healer.teacher():
+            assert torch.equal(healer.model.base_model(tokens).last_hidden_state, wanted)
+        healer.backward(scored(tokens), Counts.of(scored(tokens)))  # and a step in between leaves nothing behind
+    with torch.no_grad(), healer.student():
         student = healer.model(tokens).logits
-    with original.mixed(dict(enumerate(layers))):
+    with torch.no_grad(), original.mixed(dict(enumerate(layers))):
         assert (student - original(tokens).logits).abs().max() > 0.01
-    merged = healer.merged(torch.float32)
+    merged = merge(load_original(checkpoints[family]), healer.parameters, healer.targets)
     merged.convert(layers, mixers=healer.mixers)
-    torch.testing.assert_close(merged(tokens).logits, student, atol=5e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, student, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(checkpoints, family):
+    layers = [NONE, window(8), FULL, window(4)]
+    batch = scored(some_tokens(3, 24))
+    plain, saving = (
+        gradients(shaken(make_healer(checkpoints[family], layers, settings_with(gradient_checkpointing=on))), batch)
+        for on in (False, True)
+    )
+    assert_same(saving, plain)
+
+
+def test_gradient_checkpointing_runs_layers_again(tiny):
+    """And a layer that is not run again holds what it computed: the test above must not pass by doing nothing."""
+    counts = {}
+    for on in (False, True):
+        healer = make_healer(tiny, LAYERS, settings_with(gradient_checkpointing=on))
+        calls = []
+        healer.model.decoder_layers[2].self_attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        gradients(healer, scored(some_tokens(2, 24)))
+        counts[on] = len(calls)
+    assert counts == {False: 2, True: 3}  # teacher and student, and the student again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [[FULL, FULL, window(4), NONE], [FULL, FULL, FULL, NONE]])
+def test_layers_before_the_first_change_run_once(checkpoints, family, layers):
+    batch = scored(some_tokens(3, 24))
+    packed = layers[2] == FULL and family in ("qwen3_moe", "mixtral")  # nothing is left there that takes adapters
+    healer = shaken(make_healer(checkpoints[family], layers, settings_with(train="full" if packed else "lora")))
+    assert healer.shared == [plan.mixer for plan in layers].index(next(p.mixer for p in layers if p != FULL))
+    calls = []
+    hook = healer.model.decoder_layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    mlp = next(
+        m for name, m in healer.model.decoder_layers[0].named_children() if "mlp" in name.lower() or "ff" in name
+    )
+    inner = []
+    mlp.register_forward_hook(lambda *_: inner.append(1))
+    found = gradients(healer, batch)
+    assert len(inner) == 1
+    hook.remove()
+    healer.shared = 0
+    assert_same(found, gradients(healer, batch))
+
+
+def test_nothing_is_shared_where_something_before_is_trained(tiny):
+    layers = [FULL, FULL, window(4), NONE]
+    healer = make_healer(tiny, layers, settings_with(targets=["before.mlp", "changed"]))
+    assert healer.shared == 0
+    _, found = gradients(shaken(healer), scored(some_tokens(2, 24)))
+    assert any(".layers.0." in name for name in found)
+
+
+@pytest.mark.parametrize("layers", [LAYERS, OWN], ids=["none and window", "own parameters"])
+def test_a_step_in_parts_is_the_step(tiny, layers):
+    config = settings_with(losses={"forward_kl": 1, "hidden": 5, "cosine": 1, "attention": 1, "cross_entropy": 0.5})
+    healer, tokens = shaken(make_healer(tiny, layers, config)), some_tokens(5, 24)
+    batch = scored(tokens)
+    batch.scored[1, 5:] = False  # rows that count for less
+    whole = gradients(healer, batch)
+    for size in (1, 2, 4):
+        assert_same(gradients(healer, batch, size), whole)
+
+
+def test_packed_documents_do_not_see_one_another(tiny):
+    """A row of three documents has the losses and gradients of the three by themselves."""
+    config = settings_with(losses={"forward_kl": 1, "hidden": 5, "values": 1, "attention": 1})
+    healer = shaken(make_healer(tiny, [NONE, window(8), FULL, window(4)], config))
+    lengths, tokens = (20, 9, 11), some_tokens(1, 40)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = Sequences(tokens, positions > 0, positions)
+    counts = Counts.of(packed)
+    assert counts == Counts(scored=37, real=40)
+    wanted = 0.0
+    for parameter in healer.parameters.values():
+        parameter.grad = None
+    for part in tokens.split(lengths, 1):
+        wanted = wanted + healer.backward(scored(part), counts)
+    apart = {name: p.grad.clone() for name, p in healer.parameters.items() if p.grad is not None}
+    assert_same(gradients(healer, packed), (wanted, apart))
+
+
+@pytest.mark.parametrize("layers", [LAYERS, OWN], ids=["none and window", "own parameters"])
+def test_padding_counts_for_nothing(tiny, layers):
+    config = settings_with(losses={"forward_kl": 1, "hidden": 5, "cosine": 1})
+    healer, tokens = shaken(make_healer(tiny, layers, config)), some_tokens(2, 24)
+    positions = torch.arange(24).repeat(2, 1)
+    positions[:, 15:] = -1
+    padded = Sequences(tokens, positions > 0, positions)
+    assert_same(gradients(healer, padded), gradients(healer, scored(tokens[:, :15])), atol=1e-5)
 
 
 def test_attention_transfer_trains_the_mixers_alone(tiny):
-    model, other = load_original(tiny), load_original(tiny)
-    layers = [linear("lolcats", 4), FULL, linear("lolcats", 4, "elu"), NONE]
-    other.convert(layers)
-    healer = Healer(model, layers, SETTINGS, other.own_mixers())
+    healer = make_healer(tiny, [linear("lolcats", 4), FULL, linear("lolcats", 4, "elu"), NONE])
     optimizer = torch.optim.Adam(healer.parameters.values(), lr=5e-2)
     before = {name: p.detach().clone() for name, p in healer.adapter.items()}
     held_out = scored(some_tokens(8, 64, seed=99))
-    first = healer.transfer_loss(held_out).item()
+    first = healer.transfer(held_out, Counts.of(held_out)).item()
     for step in range(60):
         optimizer.zero_grad(set_to_none=True)
-        healer.transfer_loss(scored(some_tokens(4, 64, seed=step))).backward()
+        batch = scored(some_tokens(4, 64, seed=step))
+        healer.transfer(batch, Counts.of(batch))
         optimizer.step()
-    assert healer.transfer_loss(held_out).item() < 0.9 * first
-    assert all(torch.equal(p, before[name]) for name, p in healer.adapter.items())
     assert all(p.grad is not None for p in healer.mixing.values())
+    assert healer.transfer(held_out, Counts.of(held_out)).item() < 0.9 * first
+    assert all(torch.equal(p, before[name]) for name, p in healer.adapter.items())
+
+
+# --------------------------------------------------------------------------------------------- what is trained
+
+
+def names(healer):
+    return {target.name.removeprefix("layers.") for target in healer.targets if target.adapted}
 
 
 def test_only_what_is_left_is_adapted(tiny):
-    names = adapted_modules(load_original(tiny), LAYERS)
-    assert len(names) == 2 * 7 + 2 * 3
-    assert not [name for name in names if ".0.self_attn" in name or ".3.self_attn" in name]
+    found = names(make_healer(tiny, LAYERS))
+    assert len(found) == 2 * 7 + 2 * 3
+    assert not [name for name in found if name.startswith(("0.self_attn", "3.self_attn"))]
+
+
+def test_targets_by_role_part_and_name(tiny):
+    layers = [FULL, NONE, window(4), FULL]
+    for targets, wanted in (
+        (["removed.mlp"], {"1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj"}),
+        (["kept.attention.q_proj", "changed.attention.o_proj"], {"3.self_attn.q_proj", "2.self_attn.o_proj"}),
+        (["before.attention.v_proj"], {"0.self_attn.v_proj"}),
+        (["kept.attention"], {f"3.self_attn.{n}_proj" for n in "qkvo"}),
+    ):
+        assert names(make_healer(tiny, layers, settings_with(targets=targets))) == wanted
+    with pytest.raises(UsageError, match=r"kept\.attention\.qkv names nothing that could be trained"):
+        make_healer(tiny, layers, settings_with(targets=["changed", "kept.attention.qkv"]))
+    with pytest.raises(ValueError, match="must be a role"):
+        settings_with(targets=["mlp"])
+
+
+def test_packed_experts_are_refused_by_name_and_trained_whole(checkpoints):
+    moe = next(family for family in FAMILIES if "moe" in family or "mixtral" in family)
+    layers = [FULL, FULL, NONE, FULL]
+    with pytest.raises(UsageError, match="experts that are packed into one tensor take train=full"):
+        make_healer(checkpoints[moe], layers, settings_with(targets=["removed.mlp.experts"]))
+    config = settings_with(targets=["removed.mlp.experts"], train="full", learning_rate=None)
+    healer = make_healer(checkpoints[moe], layers, config)
+    _, found = gradients(healer, scored(some_tokens(4, 32)))
+    assert any("experts" in name and grad.abs().sum() > 0 for name, grad in found.items())
+
+
+def test_full_training_leaves_the_teacher_alone(tiny):
+    healer = make_healer(tiny, LAYERS, settings_with(train="full"))
+    assert not healer.adapter
+    optimizer = torch.optim.AdamW(healer.parameters.values(), lr=3e-3)
+    batch = scored(some_tokens(4, 32))
+    original, losses = load_original(tiny), []
+    for _ in range(12):
+        losses.append(gradients(healer, batch)[0].item())
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    with healer.teacher():
+        found = healer.model.base_model(batch.tokens).last_hidden_state
+    assert torch.equal(found, original.base_model(batch.tokens).last_hidden_state)
+    with torch.no_grad(), healer.student():
+        student = healer.model(batch.tokens).logits
+    merged = merge(load_original(tiny), healer.parameters, healer.targets)
+    merged.convert(LAYERS)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(batch.tokens).logits, student, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_small_updates_survive_a_low_precision_base(tmp_path, train):
+    """What is trained is float32: a thousand updates of 1e-5 add up, which bf16 weights would swallow."""
+    folder = make_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    healer = make_healer(folder, LAYERS, settings_with(train=train, norms=True))
+    assert {p.dtype for p in healer.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in healer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    gradients(healer, scored(some_tokens(2, 24)))
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [{"reverse_kl": 1.0}, {"jensen_shannon": 1.0}, {"cross_entropy": 1.0}, {"cosine": 1.0, "forward_kl": 1.0},
+     {"attention": 1.0, "forward_kl": 1.0}, {"values": 1.0, "forward_kl": 1.0}, {"hidden": 1.0}],
+    ids=lambda losses: "+".join(losses),
+)  # fmt: skip
+def test_every_loss_heals(tiny, losses):
+    healer = make_healer(tiny, LAYERS, settings_with(losses=losses))
+    optimizer = torch.optim.AdamW(healer.parameters.values(), lr=3e-3)
+    batch, found = scored(some_tokens(4, 32)), []
+    for _ in range(10):
+        found.append(gradients(healer, batch)[0].item())
+        optimizer.step()
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_cross_entropy_alone_asks_no_teacher(tiny, monkeypatch):
+    healer = make_healer(tiny, LAYERS, settings_with(losses={"cross_entropy": 1.0}))
+    monkeypatch.setattr(Healer, "teacher", lambda self: pytest.fail("the teacher was asked"))
+    gradients(healer, scored(some_tokens(2, 24)))
+
+
+def test_losses_that_do_not_fit_are_refused(checkpoints, tiny, tmp_path):
+    with pytest.raises(UsageError, match="there is none; leave that loss out"):
+        make_healer(tiny, [NONE, NONE, window(4), NONE], settings_with(losses={"values": 1.0}))
+    fused = next(f for f in FAMILIES if f in ("gpt_neox", "phi3"))
+    with pytest.raises(UsageError, match="this family has no v_proj"):
+        make_healer(checkpoints[fused], LAYERS, settings_with(losses={"values": 1.0}))
+    with pytest.raises(ValueError, match="at least one needs a weight above 0"):
+        settings_with(losses={"hidden": 0})
+    with pytest.raises(ValueError, match="which hidden cannot be computed from"):
+        settings_with(signals=tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_the_student_gets_closer(tiny, hybrid, tmp_path):
-    longer = SETTINGS.model_dump() | {"tokens": 20_000, "learning_rate": None, "rank": 16}
-    found = heal.run(hybrid, tiny, heal.Config(**longer), out=tmp_path / "healed")
+    config = settings_with(tokens=20_000, learning_rate=None, rank=16)
+    found = heal.run(hybrid, tiny, config, out=tmp_path / "healed")
     assert found.curve[0].step == 0
     assert found.curve[-1].step == found.steps
-    assert found.curve[-1].kl < 0.7 * found.curve[0].kl
+    best = min(found.curve, key=lambda point: point.distance)
+    assert best.kl < 0.7 * found.curve[0].kl
+    assert found.published == best.step
     assert not (tmp_path / "healed-steps").exists()
     again = load_model(tmp_path / "healed")
     assert again.plan == LAYERS
     assert again.config.layerboost["provenance"]["healing"]["tokens"] == found.tokens == 20_000 // 64 * 64
     assert json.loads((tmp_path / "healed" / "healing.json").read_text())["steps"] == found.steps
     assert (tmp_path / "healed" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_the_best_look_is_what_is_published(tiny, hybrid, tmp_path):
+    """A rate that wrecks the model after a good start: the start is what comes out, and not the end."""
+    wild = settings_with(learning_rate=1.0, schedule="linear", warmup=0.9, patience=0)
+    found = heal.run(hybrid, tiny, wild, out=tmp_path / "healed")
+    best = min(found.curve, key=lambda point: point.distance)
+    assert best.step < found.steps
+    assert found.published == best.step
+    assert best.step > 0 or torch.equal(
+        load_file(tmp_path / "healed" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"],
+        load_file(tiny / "model.safetensors")["model.layers.1.mlp.up_proj.weight"],
+    )
 
 
 @pytest.mark.parametrize("variant", ["linear", "performer"])
@@ -141,109 +461,54 @@ def test_linear_attention_without_parameters_needs_no_transfer(tiny, tmp_path, v
     assert found.curve[-1].kl < found.curve[0].kl
 
 
-@pytest.mark.parametrize(
-    ("layers", "at"),
-    [(LAYERS, 5), pytest.param(OWN, 2, id="in the transfer"), pytest.param(OWN, 9, id="after it")],
-)
-def test_an_interrupted_healing_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, layers, at):
-    hybrid = convert.run(tiny, Plan(layers=layers), out=tmp_path / "hybrid")
-    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")
-    seen = []
-
-    def counted(step):
-        def interrupted(self, batch):
-            seen.append(batch)
-            if len(seen) == at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self, batch)
-
-        return interrupted
-
-    for name in ("loss", "transfer_loss"):
-        monkeypatch.setattr(Healer, name, counted(getattr(Healer, name)))
-    with pytest.raises(KeyboardInterrupt):
-        heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "parts")
-    assert not (tmp_path / "parts").exists()
-    assert len(seen) == at
-    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "parts")
-    assert len(seen) == 12
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    curves = [json.loads((tmp_path / out / "healing.json").read_text())["curve"] for out in ("whole", "parts")]
-    assert curves[0] == curves[1]
-    learned = [name for name in load_file(tmp_path / "whole" / "model.safetensors") if ".mixer." in name]
-    fresh, trained = (load_file(folder / "model.safetensors") for folder in (hybrid, tmp_path / "whole"))
-    assert all(not torch.equal(fresh[name], trained[name]) for name in learned)
-    assert all((trained[name] - fresh[name]).abs().max() > 0.1 for name in learned if name.endswith(".sink"))
+def test_signals_stand_in_for_the_teacher(tiny, hybrid, tmp_path, monkeypatch):
+    """Written once; read by another plan and another order; equal to asking the teacher where all tokens are kept."""
+    losses = {"forward_kl": 1.0, "cross_entropy": 0.2}
+    online = settings_with(losses=losses, data_seed=5)
+    kept = settings_with(losses=losses, data_seed=5, signals=tmp_path / "signals", top_k=258)
+    asked = heal.run(hybrid, tiny, online, out=tmp_path / "online")
+    found = heal.run(hybrid, tiny, kept, out=tmp_path / "kept")
+    assert [p.kl for p in found.curve] == pytest.approx([p.kl for p in asked.curve], rel=2e-2, abs=2e-3)
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "signals").glob("rows-*")}
+    other = convert.run(tiny, Plan(layers=[window(4), FULL, FULL, NONE]), out=tmp_path / "other")
+    heal.run(other, tiny, settings_with(**kept.model_dump() | {"seed": 3}), out=tmp_path / "again")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "signals").glob("rows-*")} == files
+    few = heal.run(
+        hybrid,
+        tiny,
+        settings_with(**kept.model_dump() | {"top_k": 16, "signals": tmp_path / "few"}),
+        out=tmp_path / "few-out",
+    )
+    assert few.curve[-1].kl == pytest.approx(asked.curve[-1].kl, rel=0.1)
+    with pytest.raises(UsageError, match="written for another teacher, other rows or another top_k"):
+        heal.run(hybrid, tiny, settings_with(**kept.model_dump() | {"data_seed": 6}), out=tmp_path / "no")
+    with pytest.raises(UsageError, match="top_k 999 is more than the vocabulary"):
+        heal.run(
+            hybrid,
+            tiny,
+            settings_with(**kept.model_dump() | {"top_k": 999, "signals": tmp_path / "x"}),
+            out=tmp_path / "no",
+        )
 
 
-def stop_after_six_steps(monkeypatch, hybrid, teacher, out, steps):
-    """A healing that saved a state at every step, and was stopped after the sixth."""
-    real = trainer.save_step
+def test_the_data_seed_keeps_the_sequences_and_the_seed_their_order(tiny, hybrid, tmp_path, monkeypatch):
+    seen = {}
+    real = Healer.backward
+    for seed in (0, 1):
+        rows = seen[seed] = []
 
-    def save_then_stop(folder, step, *args):
-        real(folder, step, *args)
-        if step == 6:
-            raise KeyboardInterrupt
+        def spy(self, batch, *rest, rows=rows):
+            rows.extend(map(tuple, batch.tokens.tolist()))
+            return real(self, batch, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_SAVE_SECONDS", 0.0)
-        patch.setattr(trainer, "_SAVE_SHARE", 0.0)
-        patch.setattr(trainer, "save_step", save_then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            heal.run(hybrid, teacher, SETTINGS, out=out, steps_folder=steps)
-
-
-def test_a_damaged_state_is_passed_over(tiny, hybrid, tmp_path, monkeypatch):
-    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")
-    stop_after_six_steps(monkeypatch, hybrid, tiny, tmp_path / "parts", tmp_path / "steps")
-    assert sorted(path.name for path in (tmp_path / "steps").glob("step-*")) == ["step-000005", "step-000006"]
-    newest = tmp_path / "steps" / "step-000006" / "adapter.safetensors"
-    damaged = bytearray(newest.read_bytes())
-    damaged[-1] ^= 1
-    newest.write_bytes(damaged)
-    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "parts", steps_folder=tmp_path / "steps")
-    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
-    assert parts.read_bytes() == whole.read_bytes()
+        monkeypatch.setattr(Healer, "backward", spy)
+        heal.run(hybrid, tiny, settings_with(seed=seed, data_seed=9, tokens=1_024), out=tmp_path / str(seed))
+    assert seen[0] != seen[1]
+    assert sorted(seen[0]) == sorted(seen[1])
+    assert len(seen[0]) == 16
 
 
-def test_states_of_other_settings_are_passed_over(tiny, hybrid, tmp_path, monkeypatch):
-    other = heal.Config(**SETTINGS.model_dump() | {"seed": 1})
-    heal.run(hybrid, tiny, other, out=tmp_path / "fresh")
-    stop_after_six_steps(monkeypatch, hybrid, tiny, tmp_path / "beside", tmp_path / "steps")
-    heal.run(hybrid, tiny, other, out=tmp_path / "beside", steps_folder=tmp_path / "steps")
-    fresh, beside = (tmp_path / name / "model.safetensors" for name in ("fresh", "beside"))
-    assert beside.read_bytes() == fresh.read_bytes()
-
-
-def test_states_of_other_settings_make_room(tmp_path, monkeypatch):
-    """They would have higher step numbers, and be kept in place of the new ones."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.grad = torch.ones(2)
-    optimizer.step()
-    for step, inputs in ((500, {"a": "old"}), (600, {"a": "old"}), (50, {"a": "new"})):
-        save_step(tmp_path, step, {"p": parameter}, optimizer, {"curve": []}, inputs)
-    assert [step for step, _ in steps(tmp_path)] == [50]
-    for step in (60, 70, 80):
-        save_step(tmp_path, step, {"p": parameter}, optimizer, {"curve": []}, {"a": "new"})
-    assert [step for step, _ in steps(tmp_path)] == [70, 80]
-
-
-def test_a_loss_that_is_not_finite_names_the_step(tiny, hybrid, tmp_path, monkeypatch):
-    train_step, calls = Healer.loss, []
-
-    def broken(self, batch):
-        calls.append(1)
-        return train_step(self, batch) * (float("nan") if len(calls) == 3 else 1)
-
-    monkeypatch.setattr(Healer, "loss", broken)
-    with pytest.raises(TrainingError, match="not finite at step 3 of 12; nothing was published"):
-        heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "healed")
-    assert not (tmp_path / "healed").exists()
-
-
-def test_bf16_models_are_healed_in_float32_and_stored_as_they_were(tmp_path):
+def test_bf16_models_are_stored_as_they_were(tmp_path):
     folder = make_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16)
     converted = convert.run(folder, Plan(layers=LAYERS), out=tmp_path / "hybrid")
     heal.run(converted, folder, SETTINGS, out=tmp_path / "healed")
@@ -252,6 +517,55 @@ def test_bf16_models_are_healed_in_float32_and_stored_as_they_were(tmp_path):
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(before["model.layers.1.mlp.up_proj.weight"], after["model.layers.1.mlp.up_proj.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------- recovery
+
+
+def point(step, kl, loss=None):
+    return CurvePoint(step=step, tokens=64 * step, loss=loss, kl=kl, nll=kl, recall=0.5, recall_kl=0.0)
+
+
+def test_looks_are_often_at_first():
+    assert sorted(looks(640)) == [0, 10, 20, 40, 80, 160, 240, 320, 400, 480, 560, 640]
+    assert looks(0) == {0}
+    assert max(looks(3)) == 3
+
+
+def test_flat_is_when_the_last_looks_brought_nothing():
+    never, soon = Recovery(0), Recovery(2)
+    for recovery in (never, soon):
+        for step, kl in enumerate((1.0, 0.5, 0.4)):
+            recovery.add(point(step, kl))
+        assert not recovery.flat
+        recovery.add(point(3, 0.399))
+        assert not recovery.flat  # one look without a hundredth
+        recovery.add(point(4, 0.41))
+    assert soon.flat
+    assert not never.flat
+    soon.add(point(5, 0.3))
+    assert not soon.flat
+
+
+def test_the_alarm_rings_when_validation_turns_while_training_falls(capsys):
+    recovery = Recovery(0)
+    for step, (kl, loss) in enumerate([(1.0, None), (0.5, 2.0), (0.6, 2.1), (0.52, 1.5)]):
+        recovery.add(point(step, kl, loss))
+    assert recovery.alarms == []  # worse, but so is training; or hardly worse
+    recovery.add(point(4, 0.6, 1.0))
+    assert "overfitting: at 256 tokens the validation distance is 0.600, it was 0.500 at 64" in recovery.alarms[0]
+    assert recovery.best.step == 1
+    assert "overfitting" in capsys.readouterr().err
+
+
+def test_what_was_closed():
+    first = CurvePoint(step=0, tokens=0, kl=1.0, nll=3.0, recall=0.2, recall_kl=1.0)
+    last = CurvePoint(step=9, tokens=9, kl=0.1, nll=2.1, recall=0.9, recall_kl=0.1)
+    found = heal.Healing(
+        tokens=9, steps=9, trained_parameters=1, curve=[first, last], published=9, base_nll=2.0, base_recall=1.0
+    )
+    assert found.closed(last) == pytest.approx({"kl": 0.9, "nll": 0.9, "recall": 0.875})
+    assert found.closed(first) == {"kl": 0.0, "nll": 0.0, "recall": 0.0}
 
 
 def test_wrong_partners_are_refused(tiny, hybrid, checkpoints, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -609,6 +610,22 @@ def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, monkeypatch)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[0] < losses[1]
     assert pilot.heal_briefly(tiny, plans[1:], config) == losses[1:]
+
+
+def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
+    """By the weights of what is text and of what is not, at the look that is published."""
+    ends = [(0.3, 0.9), (0.2, 0.1)]
+
+    def healed(hybrid, model, settings, *, out):
+        assert (settings.tokens, settings.seed) == (512, 3)
+        start, end = (SimpleNamespace(kl=kl, recall=recall) for kl, recall in ((9.0, 0.5), ends.pop(0)))
+        return SimpleNamespace(curve=[end, start], best=end)
+
+    monkeypatch.setattr(pilot.heal, "run", healed)
+    weights = {"text_kl": 0.5, "text_nll": 0.25, "copy": 0.25, "needle": 0.5}
+    config = plan.Config(pilots=2, pilot_tokens=512, weights=weights, seed=3)
+    losses = pilot.heal_briefly(tiny, [[FULL] * 4, [NONE] * 4], config)
+    assert losses == pytest.approx([0.75 * 0.3 + 0.75 * 0.1, 0.75 * 0.2 + 0.75 * 0.9])
 
 
 def test_a_plan_knows_whether_it_was_edited(tmp_path):

@@ -227,7 +227,14 @@ class Plan(Artifact):
 
 
 class CurvePoint(Record):
-    """One look at the healing: validation metrics after some tokens."""
+    """One look at the healing, at the validation split, after some tokens.
+
+    Attributes:
+        loss: mean training loss since the look before.
+        kl, nll: on text, in nats per token.
+        recall: share of right answers, mean over probes.
+        recall_kl: on the answers, in nats per token, mean over probes.
+    """
 
     step: int
     tokens: int
@@ -235,15 +242,50 @@ class CurvePoint(Record):
     kl: float
     nll: float
     recall: float
+    recall_kl: float
+
+    @property
+    def distance(self) -> float:
+        """What healing brings down, and what the best look is the lowest of."""
+        return self.kl + self.recall_kl
 
 
 class Healing(Artifact):
-    """`healing.json`, inside the healed checkpoint."""
+    """`healing.json`, inside the healed checkpoint.
+
+    Attributes:
+        tokens: that were trained on; what is published may be of an earlier look.
+        curve: looks, the first before any training.
+        published: step of the look whose weights these are: the best.
+        base_nll, base_recall: of the original on the validation split.
+        skipped: steps whose loss or gradient was not finite.
+        alarms: what was noticed on the way, in sentences.
+    """
 
     tokens: int
     steps: int
     trained_parameters: int
     curve: list[CurvePoint]
+    published: int
+    base_nll: float
+    base_recall: float
+    skipped: int = 0
+    alarms: list[str] = []
+
+    @property
+    def best(self) -> CurvePoint:
+        """The look whose weights are published."""
+        return next(point for point in self.curve if point.step == self.published)
+
+    def closed(self, point: CurvePoint) -> dict[str, float | None]:
+        """Share of the gap to the original that healing closed: of the KL, the NLL and recall; None without a gap."""
+        first = self.curve[0]
+        gaps = {
+            "kl": (first.kl, point.kl),
+            "nll": (first.nll - self.base_nll, point.nll - self.base_nll),
+            "recall": (self.base_recall - first.recall, self.base_recall - point.recall),
+        }
+        return {name: None if gap <= 0 else 1 - left / gap for name, (gap, left) in gaps.items()}
 
 
 class Estimate(Record):
@@ -280,11 +322,65 @@ class Completion(Record):
     tokens: int
 
 
+class TaskScore(Record):
+    """One metric of an lm-eval task, as lm-eval computes it.
+
+    Attributes:
+        value, stderr: None where lm-eval gives none, or one that is not finite.
+        higher_is_better: None where the task does not say.
+        documents: that were asked.
+    """
+
+    value: float | None
+    stderr: float | None = None
+    higher_is_better: bool | None = None
+    documents: int
+
+    def show(self) -> str:
+        """`0.412 ± 0.014`."""
+        if self.value is None:
+            return "no number"
+        return f"{self.value:.3f}" + ("" if self.stderr is None else f" ± {self.stderr:.3f}")
+
+
+class TaskRow(Record):
+    """A metric of a task, side by side: every model's score, and what the healed one has more than the base."""
+
+    name: str
+    scores: list[str]
+    difference: str
+
+
 class Evaluation(Artifact):
-    """`evaluation.json`: base, converted (no healing) and healed."""
+    """`evaluation.json`: base, converted (no healing) and healed.
+
+    Attributes:
+        tasks: per model, lm-eval task and metric.
+    """
 
     models: dict[str, Quality]
+    tasks: dict[str, dict[str, dict[str, TaskScore]]] = {}
     completions: list[Completion] = []
+
+    def task_rows(self) -> list[TaskRow]:
+        """What of the tasks is shown; arrows say which way is better."""
+        return [
+            _task_row(task, metric, [found[task].get(metric) for found in self.tasks.values()])
+            for task, metrics in self.tasks.get("base", {}).items()
+            for metric in metrics
+        ]
+
+
+def _task_row(task: str, metric: str, scores: list[TaskScore | None]) -> TaskRow:
+    base, *_, healed = scores
+    arrow = {True: " ↑", False: " ↓", None: ""}[base.higher_is_better if base else None]
+    values = [None if score is None else score.value for score in (base, healed)]
+    known = [value for value in values if value is not None]
+    return TaskRow(
+        name=f"{task}: {metric}{arrow}",
+        scores=["missing" if score is None else score.show() for score in scores],
+        difference=f"{known[1] - known[0]:+.3f}" if len(known) == 2 else "",
+    )
 
 
 class Ratio(Record):
@@ -580,14 +676,19 @@ def disk_trouble(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with disk_trouble(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise EnvironmentTrouble(f"{path} cannot be written: it is a folder; name a file")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -219,8 +219,15 @@ def heal(
 
     given = {} if tokens is None else {"tokens": tokens}
     found = heal_verb.run(hybrid, teacher, configured(heal_verb.Config, settings or [], given), out=out)
-    first, last = found.curve[0], found.curve[-1]
-    say(f"validation KL {first.kl:.3f} -> {last.kl:.3f}, recall {first.recall:.3f} -> {last.recall:.3f}; wrote {out}")
+    first, best = found.curve[0], found.best
+    closed = [
+        f"{100 * share:.0f} % of the {name} gap" for name, share in found.closed(best).items() if share is not None
+    ]
+    say(
+        f"validation KL {first.kl:.3f} -> {best.kl:.3f}, recall {first.recall:.3f} -> {best.recall:.3f} (base "
+        f"{found.base_recall:.3f})" + (f": closed {', '.join(closed)}" if closed else "")
+    )
+    say(f"wrote {out}")
 
 
 @verb
@@ -231,7 +238,8 @@ def evaluate(hybrid: HybridArgument, against: Against, out: OutFile, settings: S
     from layerboost.recipe import configured
 
     found = evaluate_verb.run(hybrid, against, configured(evaluate_verb.Config, settings or []), out=out)
-    _print(_quality_table(found))
+    for table in _evaluation_tables(found):
+        _print(table)
 
 
 @verb
@@ -523,8 +531,8 @@ def _run(model: str, recipe: Any, out: Path) -> None:
     from layerboost.artifacts import Bench, Evaluation, load
 
     pipeline.run(model, recipe, out=out)
-    _print(_quality_table(load(Evaluation, out / "evaluation.json")))
-    for table in _bench_tables(load(Bench, out / "bench.json")):
+    evaluation, bench = load(Evaluation, out / "evaluation.json"), load(Bench, out / "bench.json")
+    for table in (*_evaluation_tables(evaluation), *_bench_tables(bench)):
         _print(table)
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo(f"hybrid: {out / 'healed'}")
@@ -542,7 +550,8 @@ def _dry_run(model: str, recipe: Any, out: Path) -> None:
         "analyze": "sensitivity.json", "plan": "plan.json", "convert": "hybrid/", "heal": "healed/",
         "evaluate": "evaluation.json", "bench": "bench.json",
     }  # fmt: skip
-    todo = pipeline.still_to_do(model, recipe, out=out) if is_local(model) else list(files)
+    started = is_local(model) and out.exists()  # else nothing is current, and the weights need not be read
+    todo = pipeline.still_to_do(model, recipe, out=out) if started else list(files)
     table = Table("stage", "writes", "about")
     for stage, path in files.items():
         about = _duration(found.seconds.get(stage, 0.0)) if stage in todo else "current, is skipped"
@@ -560,6 +569,17 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+def _evaluation_tables(evaluation: Any) -> list[Table]:
+    return [_quality_table(evaluation), *([_task_table(evaluation)] if evaluation.tasks else [])]
+
+
+def _task_table(evaluation: Any) -> Table:
+    table = Table("lm-eval task", *evaluation.tasks, "healed - base")
+    for row in evaluation.task_rows():
+        table.add_row(escape(row.name), *row.scores, row.difference)
+    return table
 
 
 def _quality_table(evaluation: Any) -> Table:

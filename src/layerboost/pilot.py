@@ -26,6 +26,6 @@ def heal_briefly(model: Path, plans: Sequence[list[LayerPlan]], config: plan.Con
             planned, hybrid = Path(scratch) / "plan.json", Path(scratch) / "hybrid"
             save(Plan(layers=layers), planned)
             convert.run(model, planned, out=hybrid)
-            last = heal.run(hybrid, model, settings, out=Path(scratch) / "healed").curve[-1]
-        losses.append(text * last.kl + rest * (1 - last.recall))
+            best = heal.run(hybrid, model, settings, out=Path(scratch) / "healed").best
+        losses.append(text * best.kl + rest * (1 - best.recall))
     return losses

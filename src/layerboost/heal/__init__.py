@@ -1,17 +1,26 @@
-"""heal: distil the original model into the hybrid, with LoRA, in the memory of one model."""
+"""heal: distil the original model into the hybrid, in the memory of one model."""
 
+import contextlib
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from torch import Tensor
 
-from layerboost.artifacts import Healing, check_output_folder, lock, to_json, token_count
+from layerboost.artifacts import Healing, check_output_folder, lock, text_digest, to_json, token_count
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
-from layerboost.errors import CheckpointError, DataError
-from layerboost.heal.trainer import Healer, cast_weights, default_learning_rate, train
+from layerboost.data.sources import Source, cache_folder, sources_digest
+from layerboost.errors import CheckpointError, DataError, UsageError
+from layerboost.heal.losses import LossName
+from layerboost.heal.sharding import quantize, shard
+from layerboost.heal.signals import signals
+from layerboost.heal.student import Healer, merge
+from layerboost.heal.targets import check_target
+from layerboost.heal.training import Outcome, Rows, Validation, default_learning_rate, train
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import (
@@ -27,8 +36,11 @@ from layerboost.model.loading import (
 )
 from layerboost.model.mixers import MIXER
 from layerboost.model.saving import save_hybrid
+from layerboost.passes import gather, ranks
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
+
+_FROM_SIGNALS = {"forward_kl", "cross_entropy"}
 
 
 class Config(DataConfig):
@@ -38,37 +50,85 @@ class Config(DataConfig):
         tokens: training tokens in all; `200k` and `10M` are understood.
         length: tokens per training sequence, at most the model's context.
         batch: sequences per step.
-        rank: of the LoRA adapters, on every linear of the decoder layers that is left.
-        learning_rate: peak; None is 0.5 / hidden size.
-        hidden_weight: of the hidden-state loss beside the KL.
+        micro_batch: sequences per pass; None is as many as memory takes, beginning with all of a step.
+        losses: weight of every loss that counts.
+        train: `lora`, adapters; `full`, the weights themselves, kept beside the original's in float32.
+        rank: of the adapters.
+        targets: which linear modules, by the role of their layer, the part of it, and their own name.
+        norms: train the norms of those layers as well.
+        learning_rate: peak; None is 0.5 / hidden size for adapters and 0.125 / hidden size for weights.
         mixer_rate: peak learning rate of linear attention's own parameters.
         sink_rate: peak learning rate of sinks, which have a long way to go.
+        schedule, warmup: of the rates, after `warmup` of the steps.
+        clip: longest gradient, over all that is trained.
         transfer_share: share of the tokens that linear attention first learns its softmax attention's outputs on.
         probe_share: share of the sequences that are recall probes.
+        data: sources and their weights, instead of `text` and `probe_share`.
+        data_seed: which sequences; None is `seed`, which else decides their order and how adapters start.
         texts, answers: validation sequences of text, and of each probe.
+        patience: stop when so many looks in a row brought nothing; 0 is never.
+        max_skipped: steps that may be left out because loss or gradient is not finite.
+        gradient_checkpointing: keep layers' inputs alone, and run them again in the backward pass.
+        signals: folder where the teacher's likeliest tokens are kept; it is written once, and read by other healings.
+        top_k: how many per token.
+        shard: spread the frozen weights over all processes (FSDP2).
+        quantize: hold the frozen weights in 8 or 4 bits; teacher and student both see them so.
     """
 
     tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
     length: int = Field(512, ge=64)
     batch: int = Field(4, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    losses: dict[LossName, Annotated[float, Field(ge=0)]] = Field({"forward_kl": 1.0, "hidden": 5.0})
+    train: Literal["lora", "full"] = "lora"
     rank: int = Field(32, ge=1)
+    targets: list[Annotated[str, AfterValidator(check_target)]] = Field(["kept", "changed", "removed"], min_length=1)
+    norms: bool = False
     learning_rate: float | None = Field(None, gt=0)
-    hidden_weight: float = Field(5.0, ge=0)
     mixer_rate: float = Field(1e-2, gt=0)
     sink_rate: float = Field(0.1, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
     transfer_share: float = Field(0.2, ge=0, lt=1)
     probe_share: float = Field(0.4, ge=0, le=1)
+    data: list[Source] | None = Field(None, min_length=1)
+    data_seed: int | None = Field(None, ge=0)
     texts: int = Field(16, ge=2)
     answers: int = Field(32, ge=2)
+    patience: int = Field(0, ge=0)
+    max_skipped: int = Field(10, ge=0)
+    gradient_checkpointing: bool = False
+    signals: Path | None = None
+    top_k: int = Field(32, ge=1)
+    shard: bool = False
+    quantize: Literal["int8", "int4"] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        asked = {name for name, weight in self.losses.items() if weight}
+        if not asked:
+            raise ValueError("losses: at least one needs a weight above 0")
+        if self.signals is not None and asked - _FROM_SIGNALS:
+            raise ValueError(
+                f"signals hold what the teacher's logits were, which {', '.join(sorted(asked - _FROM_SIGNALS))} cannot "
+                "be computed from; set losses={forward_kl: 1}, or leave signals out"
+            )
+        if self.shard and (self.train == "full" or self.norms):
+            raise ValueError("shard spreads frozen weights, and train=full and norms=true train them; set shard=false")
+        return self
 
 
 def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
     """Digests of all that decides what comes out."""
-    return {
+    found = {
         "hybrid": digest(hybrid),
         "model": digest(teacher),
         **data_inputs(teacher, config),
     }
+    settings = config.model_dump(mode="json", exclude={"text", "device", "signals", "data", "micro_batch"})
+    found["settings"] = text_digest(settings | {"signals": config.signals is not None})
+    return found | ({"data": sources_digest(config.data)} if config.data else {})
 
 
 def run(
@@ -81,6 +141,8 @@ def run(
 ) -> Healing:
     """Heal a converted hybrid and write the merged result to `out`. The same call after a kill goes on where it was.
 
+    Several processes, started by torchrun or `accelerate launch`, share the work; the first writes.
+
     Args:
         hybrid: what `convert` wrote.
         teacher: the original model it was converted from.
@@ -88,60 +150,81 @@ def run(
 
     Raises:
         CheckpointError: a model cannot be read, or the hybrid was not converted from this teacher.
+        UsageError: losses, targets or devices that do not fit the model, the plan or the machine.
         DataError: too little data.
         TrainingError: loss or weights are not finite; nothing is published.
+        EnvironmentTrouble: memory or disk run out; the states saved so far are intact.
         KeyboardInterrupt: SIGINT or SIGTERM; the state is saved.
     """
     config = config or Config()
     check_output_folder(out)
     student_folder, folder = find_model(hybrid), find_model(teacher)
-    student_config, base_config = read_config(student_folder), read_config(folder)
-    layers = plan_of(student_config, student_folder)
-    model = load_original(folder)
-    mixers = check_same_weights(student_folder, layers, model, folder)
-    dtype = model.dtype
-    device = pick_device(config.device)
-    if device == "cpu":
-        cast_weights(model, torch.float32)
-    model = model.to(device)
-    made_from = inputs(student_folder, folder, config)
+    base_config = read_config(folder)
+    layers = plan_of(read_config(student_folder), student_folder)
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
-    rows, validation = _data(model, load_tokenizer(folder), layers, config)
-    with lock(steps_folder):
-        healer = Healer(model, layers, config, mixers)
-        steps, curve = train(healer, rows, validation, steps_folder, made_from)
+    with lock(steps_folder) if ranks()[0] == 0 else contextlib.nullcontext():
+        made_from = inputs(student_folder, folder, config)
+        healer = _healer(student_folder, folder, layers, config)
+        rows, validation = _data(healer, folder, config, steps_folder, made_from["model"])
+        outcome = train(healer, rows, validation, steps_folder, made_from)
         if not healer.changes:
             say("the plan keeps every attention, so there is nothing to heal")
-        trained = sum(p.numel() for p in healer.parameters.values())
         healing = Healing(
-            tokens=rows.tokens.numel() if steps else 0,
-            steps=steps,
-            trained_parameters=trained,
-            curve=curve,
+            tokens=outcome.tokens,
+            steps=outcome.steps,
+            trained_parameters=sum(p.numel() for p in healer.parameters.values()),
+            curve=outcome.recovery.curve,
+            published=outcome.recovery.best.step,
+            base_nll=validation.base_nll,
+            base_recall=validation.base_recall,
+            skipped=outcome.skipped,
+            alarms=outcome.recovery.alarms,
             inputs=made_from,
             provenance=provenance(
-                config, learning_rate=config.learning_rate or default_learning_rate(base_config.hidden_size)
+                config,
+                learning_rate=config.learning_rate or default_learning_rate(base_config.hidden_size, config.train),
+                processes=ranks()[1],
             ),
         )
-        healed = healer.merged(dtype).cpu()
-        origin = base_provenance(describe(teacher, folder, base_config))
-        healed.convert(
-            layers,
-            origin | {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}},
-            {i: mixer.to(device="cpu", dtype=dtype) for i, mixer in healer.mixers.items()},
-        )
-        what = f"converted, and healed with {healing.tokens:,} tokens of distillation"
-        save_hybrid(
-            healed, out, original=folder, inputs=made_from, what=what, extra_files={"healing.json": to_json(healing)}
-        )
-    shutil.rmtree(steps_folder, ignore_errors=True)
-    best = min(point.kl for point in curve)
-    if curve[-1].kl > 1.1 * best:
-        say(
-            f"validation KL ends at {curve[-1].kl:.3f}, it was {best:.3f} on the way: fewer tokens, a lower "
-            "learning_rate or more text may do better"
-        )
+        if ranks()[0] == 0:
+            origin = base_provenance(describe(teacher, folder, base_config))
+            origin |= {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}}
+            _publish(healer, outcome, healing, folder, origin, out)
+            shutil.rmtree(steps_folder, ignore_errors=True)
+        gather(None)  # nobody leaves before the result is there
     return healing
+
+
+def _healer(hybrid: Path, folder: Path, layers: list[LayerPlan], config: Config) -> Healer:
+    model = load_original(folder)
+    mixers = check_same_weights(hybrid, layers, model, folder)
+    device = pick_device(config.device)
+    if device == "cpu":
+        for parameter in model.parameters():  # and not rotary frequencies, which are buffers, and in float32 anyway
+            parameter.data = parameter.data.float()
+    healer = Healer(model, layers, config, mixers)
+    if config.quantize:
+        quantize(healer, config.quantize)
+    if config.shard:
+        shard(healer)  # before anything reaches a device, on which the whole may not fit
+    return healer.to(device)
+
+
+def _publish(
+    healer: Healer, outcome: Outcome, healing: Healing, folder: Path, origin: dict[str, Any], out: Path
+) -> None:
+    """The original's own weights, with what was trained put into them."""
+    healed = merge(load_original(folder), outcome.trained, healer.targets)
+    for i, mixer in healer.mixers.items():
+        stem = f"mixer.{i}."
+        own = {n.removeprefix(stem): t for n, t in outcome.trained.items() if n.startswith(stem)}
+        mixer.cpu().load_state_dict(own, strict=False)
+        mixer.to(healed.dtype)
+    healed.convert(healer.layers, origin, healer.mixers)
+    what = f"converted, and healed with {healing.tokens:,} tokens of distillation"
+    save_hybrid(
+        healed, out, original=folder, inputs=healing.inputs, what=what, extra_files={"healing.json": to_json(healing)}
+    )
 
 
 def check_same_weights(
@@ -167,20 +250,52 @@ def check_same_weights(
     return student.own_mixers()
 
 
-def _data(model: Hybrid, tokenizer: Any, layers: list[LayerPlan], config: Config) -> Any:
+def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teacher: str) -> tuple[Rows, Validation]:
+    model, tokenizer = healer.model, load_tokenizer(folder)
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     length = min(config.length, context)
-    rows = config.tokens // length
-    if not rows:
+    count = config.tokens // length
+    if not count:
         raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")
     corpus = open_corpus(config.text)
-    training = training_rows(
-        corpus, tokenizer, vocabulary, rows=rows, length=length, probe_share=config.probe_share, seed=config.seed
-    )
-    windows = [plan.window for plan in layers if plan.window is not None]
+    seed = config.seed if config.data_seed is None else config.data_seed
+    packed = all(plan.mixer != "linear_attention" for plan in healer.layers)  # whose state is of one sequence per row
+    draw = partial(
+        training_rows, corpus, tokenizer, vocabulary, rows=count, length=length, seed=seed,
+        probe_share=config.probe_share, sources=config.data, pack=packed, generate=partial(_write, healer),
+        cache=cache_folder(), teacher=teacher,
+    )  # fmt: skip
+    rows = draw() if ranks()[0] == 0 else None
+    gather(None)  # what is fetched or generated is fetched once, and kept for the other processes
+    rows = draw() if rows is None else rows
+    order = torch.arange(count)
+    if config.data_seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    kept = None
+    if config.signals is not None:
+        if config.top_k > vocabulary:
+            raise UsageError(f"top_k {config.top_k} is more than the vocabulary of {vocabulary}")
+        kept = signals(config.signals, healer, rows, config.top_k, teacher)
+    windows = [plan.window for plan in healer.layers if plan.window is not None]
     probe_length, distance = probe_lengths(min(256, length), None, windows, context)
     validation = samples(
         corpus, tokenizer, vocabulary, split="validation", texts=config.texts, answers=config.answers,
         length=probe_length, distance=distance, seed=config.seed,
     )  # fmt: skip
-    return training, validation
+    return Rows(rows, order, kept), Validation(healer, validation)
+
+
+def _write(healer: Healer, prompts: Tensor, new_tokens: int, seed: int) -> Tensor:
+    """What the teacher writes after `[B, P]` prompts, sampled: `[B, P + new_tokens]`."""
+    if healer.config.shard:
+        raise UsageError(
+            "the teacher's own text is written by a whole model in one process; heal once without shard, with the "
+            "same tokens, and it is kept"
+        )
+    torch.manual_seed(seed)
+    with healer.teacher():
+        return healer.model.generate(
+            input_ids=prompts.to(healer.model.device), attention_mask=torch.ones_like(prompts).to(healer.model.device),
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+            pad_token_id=0,
+        ).cpu()  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a killed healing goes on from: adapter, optimiser and curve after some step, exact to the bit."""
+"""What a killed healing goes on from: what is trained, optimiser, random state and curve after a step, to the bit."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerboost.artifacts import intact, publish_folder, read_json, recorded_inputs
+from layerboost.artifacts import check_space, intact, publish_folder, read_json, recorded_inputs
 from layerboost.errors import EnvironmentTrouble, UsageError
 
 _KEPT = 2
@@ -23,25 +23,31 @@ def save_step(
     folder: Path,
     step: int,
     parameters: dict[str, Tensor],
+    best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
-    """Publish `step-NNNNNN`; drop all but the newest two of this healing, and those of any other."""
+    """Publish `step-NNNNNN`; drop all but the newest two of this healing, and those of any other.
+
+    Args:
+        best: what was trained, as it was at the best look so far.
+
+    Raises:
+        EnvironmentTrouble: the disk lacks the space; what was saved before stays as it is.
+    """
+    moments = {  # of parameters that were trained so far
+        f"{key}.{name}": optimizer.state[tensor][key]
+        for name, tensor in parameters.items()
+        for key in _STATE
+        if tensor in optimizer.state
+    }
+    moments["random"] = torch.get_rng_state()
+    check_space(folder, _bytes(parameters) + _bytes(best) + _bytes(moments))
     with publish_folder(folder / f"step-{step:06}", inputs) as partial:
-        moments = {  # of parameters that were trained so far
-            f"{key}.{name}": optimizer.state[tensor][key]
-            for name, tensor in parameters.items()
-            for key in _STATE
-            if tensor in optimizer.state
-        }
-        try:
-            save_file(
-                {name: t.detach().contiguous() for name, t in parameters.items()}, partial / "adapter.safetensors"
-            )
-            save_file(moments, partial / "optimizer.safetensors")
-        except SafetensorError as trouble:
-            raise EnvironmentTrouble(f"{folder} cannot be written: {trouble}; free some space and run again") from None
+        _write(parameters, partial / "trained.safetensors")
+        _write(best, partial / "best.safetensors")
+        _write(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
     own = [path for _, path in steps(folder) if recorded_inputs(path) == inputs]
     for _, path in steps(folder):
@@ -55,24 +61,49 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found)
 
 
-def load_newest(
-    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, inputs: dict[str, str]
-) -> dict[str, Any] | None:
-    """Load the newest step that is intact and was made from the same inputs; None if there is none."""
+def newest(folder: Path, inputs: dict[str, str]) -> Path | None:
+    """The newest step that is intact and was made from the same inputs."""
     for _, path in reversed(steps(folder)):
-        if recorded_inputs(path) != inputs or not intact(path, deep=True):
-            continue
-        try:
-            adapter, moments = (load_file(path / f"{name}.safetensors") for name in ("adapter", "optimizer"))
-            state = read_json(path / "state.json")
-        except (SafetensorError, OSError, UsageError):
-            continue
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                tensor.copy_(adapter[name])
-                if f"step.{name}" in moments:
-                    optimizer.state[tensor] = {
-                        key: moments[f"{key}.{name}"].to("cpu" if key == "step" else tensor.device) for key in _STATE
-                    }
-        return state
+        if recorded_inputs(path) == inputs and intact(path, deep=True) and _read(path) is not None:
+            return path
     return None
+
+
+def load_step(
+    path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put a published step in place; returns its state, and the best weights so far."""
+    found = _read(path)
+    assert found is not None
+    trained, best, moments, state = found
+    torch.set_rng_state(moments["random"])
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(trained[name])
+            if f"step.{name}" in moments:
+                optimizer.state[tensor] = {
+                    key: moments[f"{key}.{name}"].to("cpu" if key == "step" else tensor.device) for key in _STATE
+                }
+    return state, best
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
+    try:
+        trained, best, moments = (load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer"))
+        return trained, best, moments, read_json(path / "state.json")
+    except (SafetensorError, OSError, UsageError):
+        return None
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as trouble:
+        raise EnvironmentTrouble(
+            f"{path.parent} cannot be written: {trouble}; it needs {_bytes(tensors):,} bytes: free some space and give "
+            "the same command again, what was saved before is intact"
+        ) from None
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -78,19 +78,28 @@ def _bars(
 
 
 def healing_figure(healing: Healing) -> str:
-    """Validation KL and recall over healed tokens."""
-    tokens = [point.tokens for point in healing.curve]
+    """How far healing closed the gaps to the original, and recall, over tokens on a scale of doublings."""
+    points = [point for point in healing.curve if point.tokens] or healing.curve
+    tokens = [point.tokens for point in points]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot(tokens, [point.kl for point in healing.curve], marker="o", ms=3, color="#2f5d8a")
-        left.set_title("Validation KL, nats per token")
-        left.set_ylim(bottom=0)
-        right.plot(tokens, [100 * point.recall for point in healing.curve], marker="o", ms=3, color="#4f8f8b")
+        for name, colour in (("kl", "#2f5d8a"), ("nll", "#d99a3d")):
+            shares = [healing.closed(point)[name] for point in points]
+            if None not in shares:
+                left.plot(tokens, [100 * share for share in shares], marker="o", ms=3, color=colour, label=name.upper())  # type: ignore[operator]
+                left.legend(frameon=False)
+        left.set_title("Gap to the original that is closed, %")
+        right.plot(tokens, [100 * point.recall for point in points], marker="o", ms=3, color="#4f8f8b", label="hybrid")
+        right.axhline(100 * healing.base_recall, ls=":", color="#8a8a8a", label="original")
         right.set_title("Validation recall, %")
         right.set_ylim(0, 102)
+        right.legend(frameon=False)
         for axes in (left, right):
+            axes.axvline(healing.best.tokens, color="#bbb", lw=0.8, zorder=0)
             axes.set_xlabel("tokens")
+            if len(set(tokens)) > 1:
+                axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         return _svg(figure, "Healing curve")
 
