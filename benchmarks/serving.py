@@ -4,6 +4,7 @@
     python benchmarks/serving.py overhead --out runs/serving     # all layers full against vLLM's own class, ten pairs
     python benchmarks/serving.py grid --out runs/serving         # other plans, lengths and cache sizes
     python benchmarks/serving.py decode --out runs/serving       # 16 requests, longer and longer outputs
+    python benchmarks/serving.py own --plan plan.json --out runs/serving    # a plan of your own for 8 layers, five pairs
     python benchmarks/serving.py foretold --out runs/serving     # fit four loads, predict all others
 
 The shape is Qwen3-4B's at an eighth of its width: hidden, intermediate, query and key/value sizes keep their
@@ -12,6 +13,7 @@ as much against the weights as in the real model.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,14 @@ def grid(out: Path, repeats: int) -> None:
         measure(out / f"grid-{number}.json", shape, Serving(**loads), repeats)
 
 
+def own(out: Path, repeats: int, plan: Path) -> None:
+    """The layers of a plan file; at the lengths and caches of the claim that load the cache most."""
+    shape = SHAPE.model_copy(update={"plan": str(plan)})
+    for prompt, output in LENGTHS[1:]:
+        serving = Serving(prompt_tokens=prompt, output_tokens=output, concurrency=[200], kv=["limited"])
+        measure(out / f"own-{prompt}+{output}.json", shape, serving, repeats)
+
+
 def decode(out: Path, repeats: int) -> None:
     serving = Serving(
         concurrency=[16], prompt_tokens=128, output_tokens=64, kv=["ample"], decode_lengths=[128, 256, 512, 1024]
@@ -101,10 +111,13 @@ def measure(path: Path, shape: Shape, serving: Serving, repeats: int) -> Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["claim", "overhead", "grid", "decode", "foretold"])
+    parser.add_argument("what", choices=["claim", "overhead", "grid", "own", "decode", "foretold"])
+    parser.add_argument("--plan", type=Path, help="of own: a plan.json for 8 layers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--repeats", type=int, help="pairs; 5 for the claim, 10 for the overhead, 2 for the grid, 3 for decode"
+        "--repeats",
+        type=int,
+        help="pairs; 5 for the claim and your own, 10 for the overhead, 2 for the grid, 3 for decode",
     )
     parser.add_argument("--fit", default="2,7,9,12", help="numbers of the loads to fit, at most 4")
     asked = parser.parse_args()
@@ -113,6 +126,7 @@ def main() -> None:
         foretold(asked.out, asked.fit)
     else:
         measurement, repeats = {
+            "own": (partial(own, plan=asked.plan), 5),
             "claim": (claim, 5),
             "overhead": (overhead, 10),
             "grid": (grid, 2),

@@ -133,8 +133,13 @@ def stop_after_six_steps(monkeypatch, hybrid, teacher, out, folder):
             heal.run(hybrid, teacher, SETTINGS, out=out, steps_folder=folder)
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["a bit", "cut off", "gone"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("trained.safetensors", "a bit"), ("best.safetensors", "cut off"), ("optimizer.safetensors", "gone"),
+        ("state.json", "cut off"), ("manifest.json", "gone"),
+    ],
+)  # fmt: skip
 def test_a_damaged_state_is_passed_over(tiny, hybrid, tmp_path, monkeypatch, save_always, name, damage):
     heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")
     stop_after_six_steps(monkeypatch, hybrid, tiny, tmp_path / "parts", tmp_path / "steps")
@@ -348,9 +353,16 @@ def written(config):
     return [f"{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json", exclude_unset=True).items()]
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("layers", [LAYERS, OWN, [FULL, NONE, window(4), FULL]], ids=["plain", "own", "shared"])
-def test_two_processes_give_the_curve_of_one(tiny, tmp_path, shard, layers):
+@pytest.mark.parametrize(
+    ("layers", "shard"),
+    [
+        pytest.param(LAYERS, False, id="plain"),
+        pytest.param(OWN, False, id="own parameters"),
+        pytest.param(OWN, True, id="own parameters, sharded"),
+        pytest.param([FULL, NONE, window(4), FULL], True, id="shared beginning, sharded"),
+    ],
+)
+def test_two_processes_give_the_curve_of_one(tiny, tmp_path, layers, shard):
     """With a batch that does not divide, and with gradient checkpointing where weights are spread."""
     hybrid = convert.run(tiny, Plan(layers=layers), out=tmp_path / "hybrid")
     config = settings_with(batch=3, gradient_checkpointing=shard)

@@ -23,7 +23,7 @@ from tests.tiny import make_checkpoint
 
 SMALL = (
     "analyze.texts=4", "analyze.answers=4", "analyze.length=96", "analyze.windows=[4, 16]",
-    "plan.kv_reduction=0.5", "plan.measuring={texts: 2, answers: 2, length: 64}",
+    "plan.kv_reduction=0.5", "plan.measuring={texts: 2, answers: 2, length: 64}", "plan.pilots=0",
     "plan.at_least={full_attention: 1, sliding_attention: 1, no_attention: 1}",
     "heal.tokens=4k", "heal.length=64", "heal.rank=4", "heal.texts=2", "heal.answers=2",
     "evaluate.texts=4", "evaluate.answers=4", "evaluate.length=96", "evaluate.completions=1", "evaluate.new_tokens=4",

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest
+from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest, token_count
 from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
@@ -130,7 +130,7 @@ class Config(DataConfig):
     mixer: LayerPlan | None = None
     measuring: Measuring = Measuring()
     pilots: int = Field(0, ge=0)
-    pilot_tokens: int = Field(50_000, ge=1)
+    pilot_tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 50_000
 
     @property
     def has_budget(self) -> bool:
