@@ -53,7 +53,7 @@ def budget(layers, **config):
         name="made up", digest="0" * 64, num_layers=layers, native_windows=[None] * layers, context=128,
         kv_shape=KVShape(num_key_value_heads=2, head_dim=8, bytes_per_value=2),
     )  # fmt: skip
-    return Budget(model, plan.Config(context=128, **config))
+    return Budget(model, plan.Config(**{"context": 128} | config))
 
 
 def optimum(model, limits):
@@ -120,11 +120,12 @@ def test_lazy_descent_takes_the_steps_of_an_eager_one_and_measures_less():
 
 def test_lazy_descent_narrows_a_layer_in_steps_as_an_eager_one_does():
     """What a layer's window cost already is no part of what its removal costs on top."""
-    limits = budget(8, kv_reduction=0.8)
+    limits = budget(8, kv_reduction=0.8, context=8)  # of which a window keeps a good part
     for seed in range(8):
         model = MadeUp(8, seed, together=0.2)
         search = Search(model, [TRIED] * 8, model.single.tolist(), WEIGHTS, limits, 1_000.0)
         now = search.start
+        path = [now]
         while not limits.met(list(now)):
             saved = {}
             for i, candidate in itertools.product(range(8), TRIED):
@@ -134,7 +135,9 @@ def test_lazy_descent_narrows_a_layer_in_steps_as_an_eager_one_does():
                     saved[step] = gain
             losses = {step: max(model.loss(step) - model.loss(now), 1e-6) / gain for step, gain in saved.items()}
             now = min(losses, key=losses.get)
+            path.append(now)
         assert search.descend() == now
+        assert search.path == path
 
 
 def test_a_start_of_another_planner_is_never_made_worse():

@@ -59,6 +59,7 @@ def figures(comparison: Comparison, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     models = list(dict.fromkeys(entry.model for entry in comparison.entries))
     ways = names(comparison)
@@ -76,6 +77,9 @@ def figures(comparison: Comparison, path: Path) -> None:
         panel.set_title(Path(model).name)
         panel.set_xlabel("held-out loss, nats per token")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(ways)), ways)
     panels[0][0].invert_yaxis()
