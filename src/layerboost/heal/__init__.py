@@ -41,6 +41,7 @@ from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
 
 _FROM_SIGNALS = {"forward_kl", "cross_entropy"}
+_NO_SETTINGS = {"text", "device", "signals", "signals_from", "data", "micro_batch"}  # places, and what has a digest
 
 
 class Config(DataConfig):
@@ -70,6 +71,7 @@ class Config(DataConfig):
         max_skipped: steps that may be left out because loss or gradient is not finite.
         gradient_checkpointing: keep layers' inputs alone, and run them again in the backward pass.
         signals: folder where the teacher's likeliest tokens are kept; it is written once, and read by other healings.
+        signals_from: address of a vLLM server that serves the original, which is asked for them instead of it here.
         top_k: how many per token.
         shard: spread the frozen weights over all processes (FSDP2).
         quantize: hold the frozen weights in 8 or 4 bits; teacher and student both see them so.
@@ -100,6 +102,7 @@ class Config(DataConfig):
     max_skipped: int = Field(10, ge=0)
     gradient_checkpointing: bool = False
     signals: Path | None = None
+    signals_from: str | None = None
     top_k: int = Field(32, ge=1)
     shard: bool = False
     quantize: Literal["int8", "int4"] | None = None
@@ -114,8 +117,14 @@ class Config(DataConfig):
                 f"signals hold what the teacher's logits were, which {', '.join(sorted(asked - _FROM_SIGNALS))} cannot "
                 "be computed from; set losses={forward_kl: 1}, or leave signals out"
             )
+        if self.signals_from is not None and self.signals is None:
+            raise ValueError("signals_from names the server that signals are written from; set signals to a folder too")
         if self.shard and (self.train == "full" or self.norms):
             raise ValueError("shard spreads frozen weights, and train=full and norms=true train them; set shard=false")
+        if self.shard and self.quantize is not None:
+            raise ValueError(
+                "shard spreads whole weights (torchao's cannot be cut by FSDP2); leave quantize or shard out"
+            )
         return self
 
 
@@ -126,8 +135,9 @@ def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
         "model": digest(teacher),
         **data_inputs(teacher, config),
     }
-    settings = config.model_dump(mode="json", exclude={"text", "device", "signals", "data", "micro_batch"})
-    found["settings"] = text_digest(settings | {"signals": config.signals is not None})
+    settings = config.model_dump(mode="json", exclude=_NO_SETTINGS)
+    kept = {"signals": config.signals is not None, "served": config.signals_from is not None}
+    found["settings"] = text_digest(settings | kept)
     return found | ({"data": sources_digest(config.data)} if config.data else {})
 
 
@@ -275,7 +285,7 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
     if config.signals is not None:
         if config.top_k > vocabulary:
             raise UsageError(f"top_k {config.top_k} is more than the vocabulary of {vocabulary}")
-        kept = signals(config.signals, healer, rows, config.top_k, teacher)
+        kept = signals(config.signals, healer, rows, config.top_k, teacher, config.signals_from)
     windows = [plan.window for plan in healer.layers if plan.window is not None]
     probe_length, distance = probe_lengths(min(256, length), None, windows, context)
     validation = samples(

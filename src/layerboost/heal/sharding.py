@@ -1,12 +1,20 @@
 """Frozen weights that take less room: spread over processes, or in fewer bits."""
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerboost.errors import EnvironmentTrouble, UsageError
 from layerboost.heal.student import Healer
 from layerboost.passes import ranks
+
+_BLOCK, _SCALES = 64, 256  # numbers per scale in 4 bits, and scales that are held in 8 bits together
+_BLOCKS = _BLOCK * _SCALES
 
 
 def shard(healer: Healer) -> None:
@@ -30,20 +38,53 @@ def shard(healer: Healer) -> None:
 
 
 def quantize(healer: Healer, bits: Literal["int8", "int4"]) -> None:
-    """Hold the decoder layers' frozen linear weights in few bits, in place.
+    """Hold the decoder layers' frozen linear weights in few bits, in place; teacher and student both see them so.
+
+    `int8` has one scale per row. `int4` is 4-bit NormalFloat in blocks of 64, as in QLoRA (arXiv 2305.14314): torchao's
+    kernels for 4-bit integers have neither a gradient nor a version for CPU, and this has both. Experts that are packed
+    into one tensor stay as they are, and in 4 bits so do matrices whose size is no multiple of 16,384.
 
     Raises:
-        EnvironmentTrouble: torchao is not there.
+        EnvironmentTrouble: torchao is not there, or too old.
     """
     try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise EnvironmentTrouble(f"quantize={bits} needs torchao: pip install torchao") from None
+        from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
+    except ImportError as trouble:
+        raise EnvironmentTrouble(f"quantize={bits}: {trouble}; pip install 'layerboost[quantize]'") from None
     trained = set(healer.parameters.values())
+    for module in (module for layer in healer.model.decoder_layers for module in layer.modules()):
+        if not isinstance(module, nn.Linear) or module.weight in trained:
+            continue
+        if bits == "int8":
+            quantize_(module, Int8WeightOnlyConfig())
+        elif module.weight.numel() % _BLOCKS == 0:
+            weight = NF4Tensor.from_tensor(module.weight.detach(), _BLOCK, _SCALES)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        module.forward = partial(_linear, module)  # type: ignore[method-assign]
 
-    def is_frozen(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and module.weight not in trained
 
-    config = Int8WeightOnlyConfig() if bits == "int8" else Int4WeightOnlyConfig()
-    for layer in healer.model.decoder_layers:
-        quantize_(layer, config, filter_fn=is_frozen)
+def _linear(module: nn.Linear, given: Tensor) -> Tensor:
+    """`[..., in]` to `[..., out]`; whole weights that are trained stand in for the frozen ones now and then."""
+    if is_traceable_wrapper_subclass(module.weight):
+        return _FewBits.apply(given, module.weight, module.bias)
+    return functional.linear(given, module.weight, module.bias)
+
+
+class _FewBits(torch.autograd.Function):
+    """A linear map whose backward pass keeps the few bits alone: torchao's int8 keeps a whole copy of every weight."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, given: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight  # type: ignore[attr-defined]
+        return functional.linear(given, _whole(weight, given.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = upstream
+        return gradient @ _whole(ctx.weight, gradient.dtype), None, None  # type: ignore[attr-defined]
+
+
+def _whole(weight: Any, dtype: torch.dtype) -> Tensor:
+    """Both of torchao's tensors as `[out, in]`."""
+    whole = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
+    return whole.to(dtype)

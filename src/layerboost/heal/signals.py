@@ -21,6 +21,7 @@ from layerboost.artifacts import lock, read_json, text_digest, write_bytes, writ
 from layerboost.data.sequences import Sequences
 from layerboost.errors import UsageError
 from layerboost.heal.losses import CHUNK_ELEMENTS
+from layerboost.heal.served import open_teacher
 from layerboost.passes import gather, ranks
 from layerboost.progress import progress
 from layerboost.scoring import batch_rows, log_probabilities, scored_hidden
@@ -85,54 +86,85 @@ def rows_digest(rows: Sequences) -> str:
     return total.hexdigest()
 
 
-def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str) -> Signals:
-    """Those in a folder, after writing what is missing; a kill costs the file that was being written.
+def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str, url: str | None = None) -> Signals:
+    """Those in a folder, after writing what is missing or damaged; a kill costs the files that were being written.
 
     Args:
         healer: whose teacher is asked.
         rows: in the order that their numbers will mean.
         teacher: digest of the model.
+        url: of a server that is asked instead, if anything is missing; it must serve the healer's teacher.
 
     Raises:
-        UsageError: the folder holds signals of another teacher or of other rows.
+        UsageError: the folder holds signals of another teacher, of other rows or from another source; or the server
+            serves another model.
+        EnvironmentTrouble: the server cannot be reached, or refuses.
     """
-    made_of = {"teacher": teacher, "rows": rows_digest(rows), "top_k": text_digest(top_k)}
+    # a server's rounding is another one than ours, and so is that of weights in few bits
+    source = f"own {healer.config.quantize}" if url is None else "served"
+    made_of = {
+        "teacher": teacher, "rows": rows_digest(rows), "top_k": text_digest(top_k), "source": text_digest(source),
+    }  # fmt: skip
     rank, world = ranks()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder) if rank == 0 else contextlib.nullcontext():
-        index = folder / _INDEX
-        if index.exists() and read_json(index).get("inputs") != made_of:
-            raise UsageError(
-                f"signals {folder} were written for another teacher, other rows or another top_k; name another folder, "
-                "or keep tokens, length, text, data and data_seed as they were"
-            )
-        if not index.exists():
-            write_text(index, json.dumps({"inputs": made_of}))
-        missing = [n for n in range(-(-len(rows) // _ROWS)) if not _readable(_path(folder, n))]
-        missing = gather(missing)[0]
+        missing = gather(_missing(folder, made_of, rows, top_k) if rank == 0 else None)[0]
+        served = open_teacher(url, healer, rows, top_k) if url is not None and missing else None
         # a teacher that is spread over processes is asked by all of them together, and one writes
-        mine = missing if healer.config.shard else missing[rank::world]
+        together = healer.config.shard and served is None
+        mine = missing if together else missing[rank::world]
         with progress("signals", len(mine)) as advance:
             for number in mine:
-                kept = _ask(healer, rows[slice(number * _ROWS, (number + 1) * _ROWS)], top_k)
-                if rank == 0 or not healer.config.shard:
-                    write_bytes(_path(folder, number), save(kept))
+                part = rows[slice(number * _ROWS, (number + 1) * _ROWS)]
+                ids, found = _ask(healer, part, top_k) if served is None else served.ask(part)
+                if rank == 0 or not together:
+                    _write(_path(folder, number), ids, found, healer.model.config.vocab_size)
                 advance()
         gather(None)
     return Signals(folder, tuple(rows.scored[:, 1:].sum(1).tolist()))
 
 
-def _readable(path: Path) -> bool:
+def _missing(folder: Path, made_of: dict[str, str], rows: Sequences, top_k: int) -> list[int]:
+    """Numbers of the files that are not there as they should be."""
+    index = folder / _INDEX
+    if index.exists() and read_json(index).get("inputs") != made_of:
+        raise UsageError(
+            f"signals {folder} were written for another teacher, other rows or another top_k, or came from another "
+            "source (signals_from, quantize); name another folder, or keep tokens, length, text, data and data_seed as "
+            "they were"
+        )
+    if not index.exists():
+        write_text(index, json.dumps({"inputs": made_of}))
+    scored = [int(part.scored[:, 1:].sum()) for part in rows.batches(_ROWS)]
+    return [number for number, count in enumerate(scored) if not _intact(_path(folder, number), (count, top_k))]
+
+
+def _write(path: Path, ids: Tensor, found: Tensor, vocabulary: int) -> None:
+    small = torch.uint16 if vocabulary <= 2**16 else torch.int32
+    kept = {"ids": ids.to(small), "log_probabilities": found.half()}
+    write_bytes(path, save(kept, {"digest": _digest(kept)}))
+
+
+def _digest(kept: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in ("ids", "log_probabilities"):
+        total.update(kept[name].view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _intact(path: Path, shape: tuple[int, int]) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return {"ids", "log_probabilities"} <= set(file.keys())
+            kept = {name: file.get_tensor(name) for name in ("ids", "log_probabilities")}
+            whole = (file.metadata() or {}).get("digest") == _digest(kept)
     except (OSError, SafetensorError):
         return False
+    return whole and all(tensor.shape == shape for tensor in kept.values())
 
 
-def _ask(healer: Any, rows: Sequences, top_k: int) -> dict[str, Tensor]:
+def _ask(healer: Any, rows: Sequences, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of all scored tokens: `[K, k]` int64 ids of the likeliest, and their `[K, k]` float32 log-probabilities."""
     config = healer.model.config
-    small = torch.uint16 if config.vocab_size <= 2**16 else torch.int32
     ids, found = [], []
     chunk = max(1, CHUNK_ELEMENTS // config.vocab_size)
     for batch in rows.batches(batch_rows(rows.tokens.shape[1], config.vocab_size, config.hidden_size, 1)):
@@ -141,6 +173,6 @@ def _ask(healer: Any, rows: Sequences, top_k: int) -> dict[str, Tensor]:
             hidden = scored_hidden(final, batch.scored.to(final.device))
             for start in range(0, len(hidden), chunk):
                 top = log_probabilities(hidden[start : start + chunk], healer.head).topk(top_k)
-                ids.append(top.indices.to(small).cpu())
-                found.append(top.values.half().cpu())
-    return {"ids": torch.cat(ids), "log_probabilities": torch.cat(found)}
+                ids.append(top.indices.cpu())
+                found.append(top.values.cpu())
+    return torch.cat(ids), torch.cat(found)

@@ -1,5 +1,6 @@
 """What a served model answers, through the OpenAI interface of its server, against the hybrid here."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -30,11 +31,29 @@ def ask(url: str, prompts: dict[str, Tensor]) -> dict[str, Answer]:
     Raises:
         EnvironmentTrouble: nothing answers there, or something that is no OpenAI server of vLLM.
     """
+    url, model = served_model(url)
+    return {name: _answer(url, model, tokens[0].tolist()) for name, tokens in prompts.items()}
+
+
+def served_model(url: str, start: str = "layerboost serve") -> tuple[str, str]:
+    """The address of the interface below a server's, and the name of the one model there.
+
+    Args:
+        start: the command that starts such a server, for the error.
+
+    Raises:
+        EnvironmentTrouble: nothing answers there, or something else, or it serves several models.
+    """
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    models = _json(f"{url}/models")["data"]
+    try:
+        models = [model["id"] for model in exchange(f"{url}/models", start=start)["data"]]
+    except (KeyError, TypeError) as trouble:
+        raise EnvironmentTrouble(
+            f"{url}/models did not answer as an OpenAI server does ({type(trouble).__name__}: {trouble})"
+        ) from None
     if len(models) != 1:
         raise EnvironmentTrouble(f"{url} serves {len(models)} models; one is needed to know which to compare")
-    return {name: _answer(url, models[0]["id"], tokens[0].tolist()) for name, tokens in prompts.items()}
+    return url, models[0]
 
 
 def _answer(url: str, model: str, prompt: list[int]) -> Answer:
@@ -43,7 +62,7 @@ def _answer(url: str, model: str, prompt: list[int]) -> Answer:
         "ignore_eos": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
     try:
-        found = _json(f"{url}/completions", asked)["choices"][0]["logprobs"]
+        found = exchange(f"{url}/completions", asked)["choices"][0]["logprobs"]
         return Answer(
             tokens=[_number(token) for token in found["tokens"]],
             logprobs=[{_number(token): value for token, value in step.items()} for step in found["top_logprobs"]],
@@ -58,7 +77,18 @@ def _number(token: str) -> int:
     return int(token.removeprefix("token_id:"))
 
 
-def _json(url: str, body: dict[str, Any] | None = None) -> Any:
+def exchange(
+    url: str, body: dict[str, Any] | None = None, *, start: str = "layerboost serve", refused: str = ""
+) -> Any:
+    """JSON for JSON: a POST where there is a body.
+
+    Args:
+        start: the command that starts such a server, for the error when none answers.
+        refused: what to do about an answer that is an error.
+
+    Raises:
+        EnvironmentTrouble: nothing answers there, or what answers is an error or no JSON.
+    """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
@@ -66,9 +96,9 @@ def _json(url: str, body: dict[str, Any] | None = None) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as trouble:
         said = trouble.read(300).decode(errors="replace")
-        raise EnvironmentTrouble(f"{url} answered {trouble.code}: {' '.join(said.split())}") from None
-    except (OSError, ValueError) as trouble:
-        raise EnvironmentTrouble(f"{url} cannot be reached: {trouble}; start it with layerboost serve") from None
+        raise EnvironmentTrouble(f"{url} answered {trouble.code}: {' '.join(said.split())}{refused}") from None
+    except (OSError, ValueError, http.client.HTTPException) as trouble:
+        raise EnvironmentTrouble(f"{url} cannot be reached: {trouble}; start it with {start}") from None
 
 
 @torch.no_grad()
