@@ -4,7 +4,7 @@
     python benchmarks/serving.py overhead --out runs/serving     # all layers full against vLLM's own class, ten pairs
     python benchmarks/serving.py grid --out runs/serving         # other plans, lengths and cache sizes
     python benchmarks/serving.py decode --out runs/serving       # 16 requests, longer and longer outputs
-    python benchmarks/serving.py own --plan plan.json --out runs/serving    # a plan of your own for 8 layers, five pairs
+    python benchmarks/serving.py own --plan plan.json --out runs/serving  # a plan of your own for 8 layers, five pairs
     python benchmarks/serving.py foretold --out runs/serving     # fit four loads, predict all others
 
 The shape is Qwen3-4B's at an eighth of its width: hidden, intermediate, query and key/value sizes keep their

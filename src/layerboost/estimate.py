@@ -59,7 +59,8 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     context = benched.context or min(config.max_position_embeddings, 1_024)
     work = {
         "analyze": forward * looked_at * (1 + suffixes),
-        "plan": forward * measured * planned.measuring.naive_passes * (1 + layers * mixers) if searched else 0.0,
+        "plan": forward * measured * planned.measuring.naive_passes * (1 + layers * mixers) * searched
+        + planned.pilots * healing_flops(config, heal.Config(tokens=planned.pilot_tokens)),
         "convert": 0.0,
         "heal": healing_flops(config, healing),
         "evaluate": forward * scored * 3,

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerboost.scoring import CHUNK_ELEMENTS, kl_divergence, log_probabilities
+from layerboost.scoring import CHUNK_ELEMENTS, kl_divergence
 
 Head = Callable[[Tensor], Tensor]
+PerToken = Callable[[Tensor, Tensor | None, slice], Tensor]
 LossName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy", "hidden", "cosine", "attention", "values"
 ]
+
+# elements of logits whose losses are computed at once; on the CPU, tensors below 32 MiB take memory that is there, and
+# larger ones are given new memory page by page, which costs more than what is computed in it; on a GPU the first counts
+_BLOCK = {False: 2**22, True: 2**24}
 
 
 def forward_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -108,22 +113,17 @@ def mixed_logits_loss(
         weights: of losses that need `logits`.
         student, teacher: `[K, E]` final hidden states; no gradient reaches the teacher's. None where no loss asks.
         targets: `[K]` token ids.
-        head: hidden states to logits, the same for both, and frozen.
-        chunk: tokens whose logits are held at a time; None keeps them below 128 MiB in float32.
+        head, chunk: as for `chunked`.
 
     Returns:
         A float32 scalar.
     """
 
-    def per_token(found: Tensor, span: slice) -> Tensor:
-        expected = None
-        if teacher is not None:
-            with torch.no_grad():
-                expected = log_probabilities(teacher[span], head)
+    def per_token(found: Tensor, expected: Tensor | None, span: slice) -> Tensor:
         parts = [w * LOSSES[name].function(found, expected, targets[span]) for name, w in weights.items()]
         return torch.stack(parts).sum(0)
 
-    return chunked(student, head, per_token, chunk=chunk)
+    return chunked(student, teacher, head, per_token, chunk=chunk)
 
 
 def top_k_kl(student: Tensor, ids: Tensor, expected: Tensor) -> Tensor:
@@ -145,38 +145,62 @@ def top_k_kl(student: Tensor, ids: Tensor, expected: Tensor) -> Tensor:
 
 
 def chunked(
-    student: Tensor, head: Head, per_token: Callable[[Tensor, slice], Tensor], *, chunk: int | None = None
+    student: Tensor, teacher: Tensor | None, head: Head, per_token: PerToken, *, chunk: int | None = None
 ) -> Tensor:
-    """Sum of `per_token(log-probabilities [k, V], span) -> [k]` over chunks of the tokens `[K, E]`.
+    """Sum over tokens of a loss on logits, a float32 scalar.
 
-    The gradient is computed chunk by chunk on the way forward, so no logits are kept or computed twice.
+    The gradient is computed chunk by chunk on the way forward, so no logits are kept or computed twice; it is written
+    over the teacher's logits a block of tokens at a time, so beside logits there are small tensors alone.
+
+    Args:
+        student, teacher: `[K, E]` final hidden states; no gradient reaches the teacher's.
+        head: hidden states to logits, in memory of their own; the same for both, and frozen.
+        per_token: log-probabilities `[k, V]` of the student, those of the teacher or None, and which tokens, to `[k]`.
+        chunk: tokens whose logits are held at a time; None keeps them below 256 MiB in float32.
     """
     if chunk is None:
         vocabulary = getattr(head, "out_features", 0) or head(student[:1]).shape[-1]
-        chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-    return _Chunked.apply(student, head, per_token, chunk)
+        chunk = max(1, 2 * CHUNK_ELEMENTS // vocabulary)
+    return _Chunked.apply(student, teacher, head, per_token, chunk)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, student: Tensor, head: Head,
-        per_token: Callable[[Tensor, slice], Tensor], chunk: int,
+        ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor | None, head: Head,
+        per_token: PerToken, chunk: int,
     ) -> Tensor:  # fmt: skip
+        trains = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
         total = student.new_zeros((), dtype=torch.float32)
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        for start in range(0, len(student), chunk):
-            span = slice(start, start + chunk)
-            piece = student[span].detach().requires_grad_(gradient is not None)
-            with torch.set_grad_enabled(gradient is not None):
-                value = per_token(log_probabilities(piece, head), span).sum()
+        gradient = torch.zeros_like(student) if trains else None
+        for span in _spans(0, len(student), chunk):
+            piece = student[span].detach().requires_grad_(trains)
+            with torch.set_grad_enabled(trains):
+                logits = head(piece)
+            known = None if teacher is None else head(teacher[span])
+            upstream = torch.empty_like(logits) if known is None else known
+            for tokens in _spans(span.start, span.stop, max(1, _BLOCK[logits.is_cuda] // logits.shape[-1])):
+                rows = slice(tokens.start - span.start, tokens.stop - span.start)
+                expected = None if known is None else known[rows].float().log_softmax(-1)
+                found = logits[rows].detach().requires_grad_(trains)
+                with torch.set_grad_enabled(trains):
+                    value = per_token(found.float().log_softmax(-1), expected, tokens).sum()
+                if trains:
+                    (upstream[rows],) = torch.autograd.grad(value, found)
+                total += value.detach()
             if gradient is not None:
-                (gradient[span],) = torch.autograd.grad(value, piece)
-            total += value.detach()
+                (gradient[span],) = torch.autograd.grad(logits, piece, upstream)
         ctx.gradient = gradient  # type: ignore[attr-defined]
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient = ctx.gradient  # type: ignore[attr-defined]
-        return (gradient * upstream[0].to(gradient.dtype)), None, None, None
+        return (gradient * upstream[0].to(gradient.dtype)), None, None, None, None
+
+
+def _spans(start: int, stop: int, size: int) -> list[slice]:
+    """As few as can be of at most this size, all about as long: matrix products with few rows are slow."""
+    count = stop - start
+    parts = -(-count // size)
+    return [slice(start + i * count // parts, start + (i + 1) * count // parts) for i in range(parts)]

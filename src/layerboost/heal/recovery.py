@@ -29,7 +29,7 @@ from layerboost.scoring import (
 if TYPE_CHECKING:
     from layerboost.heal.student import Healer
 
-_WORSE = 1.05  # times the best: more than what looks differ by anyway
+_WORSE = 1.1  # times the best: more than what looks differ by anyway
 _FLAT = 0.99
 
 

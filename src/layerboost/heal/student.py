@@ -280,11 +280,11 @@ class Healer:
         if signal is not None:
             ids, kept = signal.ids.to(hidden.device), signal.log_probabilities.to(hidden.device)
 
-            def per_token(found: Tensor, span: slice) -> Tensor:
+            def per_token(found: Tensor, _: Tensor | None, span: slice) -> Tensor:
                 total = weights.get("forward_kl", 0.0) * top_k_kl(found, ids[span], kept[span])
                 return total + weights.get("cross_entropy", 0.0) * cross_entropy(found, None, targets[span])
 
-            return chunked(hidden, self.head, per_token)
+            return chunked(hidden, None, self.head, per_token)
         expected = None if teacher is None or teacher.final is None else scored_hidden(teacher.final, scored)
         return mixed_logits_loss(weights, hidden, expected, targets, self.head)
 

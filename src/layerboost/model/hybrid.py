@@ -228,7 +228,7 @@ class LogitsHead(nn.Module):
         given = self.__dict__["given"]
         given.hidden = hidden[None]
         try:
-            return self.__dict__["clone"](inputs_embeds=given.hidden, use_cache=False).logits[0]
+            return self.__dict__["clone"](inputs_embeds=given.hidden, use_cache=False).logits.squeeze(0)
         finally:
             given.hidden = None
 
