@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -700,6 +701,7 @@ def _options(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does
     app()
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,8 @@ def ranks() -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # what the first process does alone, such as writing a large result, may take longer than the usual ten minutes
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     return state.process_index, state.num_processes
 
 

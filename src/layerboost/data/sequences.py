@@ -140,6 +140,7 @@ def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
     Raises:
         DataError: the documents make no row in which something is scored.
     """
+    pieces = [piece for piece in pieces if len(piece[0])]
     lay_out = _packed if wanted.pack else _padded
     shuffle = np.random.default_rng(wanted.seed)
     order = list(range(len(pieces)))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
+from transformers import GenerationConfig
 
 from layerboost.artifacts import Healing, check_output_folder, lock, text_digest, to_json, token_count
 from layerboost.data.corpus import open_corpus
@@ -17,7 +18,7 @@ from layerboost.data.sources import Source, cache_folder, sources_digest
 from layerboost.errors import CheckpointError, DataError, UsageError
 from layerboost.heal.losses import LossName
 from layerboost.heal.sharding import quantize, shard
-from layerboost.heal.signals import signals
+from layerboost.heal.signals import rows_digest, signals
 from layerboost.heal.student import Healer, merge
 from layerboost.heal.targets import check_target
 from layerboost.heal.training import Outcome, Rows, Validation, default_learning_rate, train
@@ -41,7 +42,11 @@ from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
 
 _FROM_SIGNALS = {"forward_kl", "cross_entropy"}
-_NO_SETTINGS = {"text", "device", "signals", "signals_from", "data", "micro_batch"}  # places, and what has a digest
+# places, what has a digest of its own, and what a healing that was stopped may go on with otherwise
+_NO_SETTINGS = {
+    "text", "device", "signals", "signals_from", "data", "micro_batch", "gradient_checkpointing", "shard",
+    "max_skipped",
+}  # fmt: skip
 
 
 class Config(DataConfig):
@@ -167,6 +172,7 @@ def run(
         KeyboardInterrupt: SIGINT or SIGTERM; the state is saved.
     """
     config = config or Config()
+    out = out.absolute()
     check_output_folder(out)
     student_folder, folder = find_model(hybrid), find_model(teacher)
     base_config = read_config(folder)
@@ -176,7 +182,8 @@ def run(
         made_from = inputs(student_folder, folder, config)
         healer = _healer(student_folder, folder, layers, config)
         rows, validation = _data(healer, folder, config, steps_folder, made_from["model"])
-        outcome = train(healer, rows, validation, steps_folder, made_from)
+        # rows may come from a data set that changes, or be written anew
+        outcome = train(healer, rows, validation, steps_folder, made_from | {"rows": rows_digest(rows.rows)})
         if not healer.changes:
             say("the plan keeps every attention, so there is nothing to heal")
         healing = Healing(
@@ -273,7 +280,7 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
     draw = partial(
         training_rows, corpus, tokenizer, vocabulary, rows=count, length=length, seed=seed,
         probe_share=config.probe_share, sources=config.data, pack=packed, generate=partial(_write, healer),
-        cache=cache_folder(), teacher=teacher,
+        cache=cache_folder(), teacher=f"{teacher} {config.quantize}",
     )  # fmt: skip
     rows = draw() if ranks()[0] == 0 else None
     gather(None)  # what is fetched or generated is fetched once, and kept for the other processes
@@ -303,9 +310,13 @@ def _write(healer: Healer, prompts: Tensor, new_tokens: int, seed: int) -> Tenso
             "same tokens, and it is kept"
         )
     torch.manual_seed(seed)
+    sampling = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+        pad_token_id=0,
+    )  # fmt: skip
     with healer.teacher():
         return healer.model.generate(
-            input_ids=prompts.to(healer.model.device), attention_mask=torch.ones_like(prompts).to(healer.model.device),
-            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-            pad_token_id=0,
-        ).cpu()  # fmt: skip
+            input_ids=prompts.to(healer.model.device),
+            attention_mask=torch.ones_like(prompts).to(healer.model.device),
+            generation_config=sampling,  # and not the checkpoint's, which may forbid repetition
+        ).cpu()

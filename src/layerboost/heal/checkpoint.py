@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerboost.artifacts import check_space, intact, publish_folder, read_json, recorded_inputs
+from layerboost.artifacts import MANIFEST, check_space, intact, publish_folder, read_json
 from layerboost.errors import EnvironmentTrouble, UsageError
 
 _KEPT = 2
@@ -44,12 +44,15 @@ def save_step(
     }
     moments["random"] = torch.get_rng_state()
     check_space(folder, _bytes(parameters) + _bytes(best) + _bytes(moments))
-    with publish_folder(folder / f"step-{step:06}", inputs) as partial:
+    final = folder / f"step-{step:06}"
+    if final.exists() and _inputs_of(final) is None:  # a damaged one, which nothing could be told of
+        shutil.rmtree(final)
+    with publish_folder(final, inputs) as partial:
         _write(parameters, partial / "trained.safetensors")
         _write(best, partial / "best.safetensors")
         _write(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    own = [path for _, path in steps(folder) if recorded_inputs(path) == inputs]
+    own = [path for _, path in steps(folder) if _inputs_of(path) == inputs]
     for _, path in steps(folder):
         if path not in own[-_KEPT:]:
             shutil.rmtree(path, ignore_errors=True)
@@ -64,7 +67,7 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
 def newest(folder: Path, inputs: dict[str, str]) -> Path | None:
     """The newest step that is intact and was made from the same inputs."""
     for _, path in reversed(steps(folder)):
-        if recorded_inputs(path) == inputs and intact(path, deep=True) and _read(path) is not None:
+        if _inputs_of(path) == inputs and intact(path, deep=True):
             return path
     return None
 
@@ -73,9 +76,8 @@ def load_step(
     path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put a published step in place; returns its state, and the best weights so far."""
-    found = _read(path)
-    assert found is not None
-    trained, best, moments, state = found
+    trained, best, moments = (load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer"))
+    state = read_json(path / "state.json")
     torch.set_rng_state(moments["random"])
     with torch.no_grad():
         for name, tensor in parameters.items():
@@ -87,11 +89,11 @@ def load_step(
     return state, best
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
+def _inputs_of(path: Path) -> dict[str, str] | None:
+    """As its manifest says; nothing else is read, which is a lot."""
     try:
-        trained, best, moments = (load_file(path / f"{name}.safetensors") for name in ("trained", "best", "optimizer"))
-        return trained, best, moments, read_json(path / "state.json")
-    except (SafetensorError, OSError, UsageError):
+        return read_json(path / MANIFEST).get("inputs")
+    except UsageError:
         return None
 
 

@@ -43,20 +43,21 @@ class Recovery:
     """The curve so far, and what follows from it.
 
     Attributes:
-        losses: training losses since the last look.
         patience: looks in a row without a better one, by a hundredth, after which to stop; 0 is never.
+        since: step from which looks are compared: before it, rates rise, or something else is learned.
+        losses: training losses since the last look.
     """
 
     patience: int
+    since: int = 0
     curve: list[CurvePoint] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, patience: int, state: dict[str, Any]) -> "Recovery":
+    def restore(self, state: dict[str, Any]) -> None:
         """What `state` wrote down."""
-        curve = [CurvePoint.model_validate(point) for point in state["curve"]]
-        return cls(patience, curve, state["losses"], state["alarms"])
+        self.curve = [CurvePoint.model_validate(point) for point in state["curve"]]
+        self.losses, self.alarms = state["losses"], state["alarms"]
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -70,7 +71,8 @@ class Recovery:
     @property
     def flat(self) -> bool:
         """Whether the last `patience` looks brought nothing."""
-        before, last = self.curve[: -self.patience or None], self.curve[-self.patience :]
+        counted = [point for point in self.curve if point.step >= self.since]
+        before, last = counted[: -self.patience or None], counted[-self.patience :]
         if not self.patience or not before:
             return False
         return min(p.distance for p in last) > _FLAT * min(p.distance for p in before)
@@ -83,8 +85,9 @@ class Recovery:
         self.curve.append(point)
         if point is self.best:
             return True
-        falling = last is not None and None not in (last.loss, point.loss) and point.loss < last.loss  # type: ignore[operator]
-        if falling and point.distance > _WORSE * self.best.distance:
+        if last is None or last.loss is None or point.loss is None or last.step < self.since:
+            return False
+        if point.loss < last.loss and point.distance > _WORSE * self.best.distance:
             self.alarms.append(
                 f"overfitting: at {point.tokens:,} tokens the validation distance is {point.distance:.3f}, it was "
                 f"{self.best.distance:.3f} at {self.best.tokens:,}, while the training loss fell; more or other text, "

@@ -27,6 +27,7 @@ from layerboost.progress import progress
 from layerboost.scoring import batch_rows, log_probabilities, scored_hidden
 
 _ROWS = 256  # per file
+_OPEN = 64  # files that are held open
 _INDEX = "signals.json"
 
 
@@ -36,6 +37,9 @@ class Signal:
 
     ids: Tensor
     log_probabilities: Tensor
+
+
+NO_SIGNAL = Signal(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1))
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Signals:
     def _row(self, row: int) -> tuple[Tensor, Tensor]:
         number = row // _ROWS
         if number not in self._files:
+            if len(self._files) >= _OPEN:
+                self._files.clear()
             self._files[number] = safe_open(_path(self.folder, number), framework="pt")
         span = slice(self._starts[row], self._starts[row] + self.counts[row])
         return tuple(self._files[number].get_slice(name)[span] for name in ("ids", "log_probabilities"))
@@ -106,7 +112,6 @@ def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str
         "teacher": teacher, "rows": rows_digest(rows), "top_k": text_digest(top_k), "source": text_digest(source),
     }  # fmt: skip
     rank, world = ranks()
-    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder) if rank == 0 else contextlib.nullcontext():
         missing = gather(_missing(folder, made_of, rows, top_k) if rank == 0 else None)[0]
         served = open_teacher(url, healer, rows, top_k) if url is not None and missing else None
@@ -118,7 +123,7 @@ def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str
                 part = rows[slice(number * _ROWS, (number + 1) * _ROWS)]
                 ids, found = _ask(healer, part, top_k) if served is None else served.ask(part)
                 if rank == 0 or not together:
-                    _write(_path(folder, number), ids, found, healer.model.config.vocab_size)
+                    _write(_path(folder, number), ids, found, healer.model.config.vocab_size, made_of)
                 advance()
         gather(None)
     return Signals(folder, tuple(rows.scored[:, 1:].sum(1).tolist()))
@@ -130,33 +135,33 @@ def _missing(folder: Path, made_of: dict[str, str], rows: Sequences, top_k: int)
     if index.exists() and read_json(index).get("inputs") != made_of:
         raise UsageError(
             f"signals {folder} were written for another teacher, other rows or another top_k, or came from another "
-            "source (signals_from, quantize); name another folder, or keep tokens, length, text, data and data_seed as "
-            "they were"
+            "source (signals_from, quantize); name another folder, or keep tokens, length, text, data, probe_share "
+            "and data_seed as they were; rows of plans with linear attention are others than those without"
         )
     if not index.exists():
         write_text(index, json.dumps({"inputs": made_of}))
     scored = [int(part.scored[:, 1:].sum()) for part in rows.batches(_ROWS)]
-    return [number for number, count in enumerate(scored) if not _intact(_path(folder, number), (count, top_k))]
+    return [n for n, count in enumerate(scored) if not _intact(_path(folder, n), (count, top_k), made_of)]
 
 
-def _write(path: Path, ids: Tensor, found: Tensor, vocabulary: int) -> None:
+def _write(path: Path, ids: Tensor, found: Tensor, vocabulary: int, made_of: dict[str, str]) -> None:
     small = torch.uint16 if vocabulary <= 2**16 else torch.int32
     kept = {"ids": ids.to(small), "log_probabilities": found.half()}
-    write_bytes(path, save(kept, {"digest": _digest(kept)}))
+    write_bytes(path, save(kept, {"digest": _digest(kept, made_of)}))
 
 
-def _digest(kept: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _digest(kept: dict[str, Tensor], made_of: dict[str, str]) -> str:
+    total = hashlib.sha256(text_digest(made_of).encode())
     for name in ("ids", "log_probabilities"):
         total.update(kept[name].view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
-def _intact(path: Path, shape: tuple[int, int]) -> bool:
+def _intact(path: Path, shape: tuple[int, int], made_of: dict[str, str]) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             kept = {name: file.get_tensor(name) for name in ("ids", "log_probabilities")}
-            whole = (file.metadata() or {}).get("digest") == _digest(kept)
+            whole = (file.metadata() or {}).get("digest") == _digest(kept, made_of)
     except (OSError, SafetensorError):
         return False
     return whole and all(tensor.shape == shape for tensor in kept.values())

@@ -117,6 +117,10 @@ class Healer:
             for need in ("logits", "layers", "attentions", "values")
         }
         self._values_of = self._find_values() if self._by_need["values"] else None
+        if self._by_need["attentions"] and all(plan.mixer == "no_attention" for plan in self.changes.values()):
+            raise UsageError(
+                "losses: attention compares the attentions of changed layers, and this plan leaves none; leave it out"
+            )
 
     def to(self, device: str) -> "Healer":
         """All of it, in place."""
@@ -309,11 +313,11 @@ class Healer:
         return total
 
     def _visible(self, batch: Sequences) -> Tensor:
-        """`[B or 1, T, T]`: tokens of the same document."""
+        """`[B or 1, T, T]`: tokens of the same document, padding being one of its own."""
         if batch.positions is None:
             length = batch.tokens.shape[1]
             return torch.ones(1, length, length, dtype=torch.bool, device=self.model.device)
-        document = (batch.positions == 0).cumsum(-1).to(self.model.device)
+        document = (batch.positions == 0).cumsum(-1).masked_fill(batch.positions < 0, 0).to(self.model.device)
         return document[:, :, None] == document[:, None, :]
 
     def transfer(self, batch: Sequences, counts: Counts) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
+from layerboost.progress import say
 
 if TYPE_CHECKING:
     from layerboost.heal import Config
@@ -57,7 +58,7 @@ def find_targets(model: Hybrid, layers: list[LayerPlan], config: "Config") -> li
         for name, module in layer.named_modules():
             if name.split(".")[0] in gone:
                 continue
-            part = "attention" if name.split(".")[0] == model.anatomy.attention else "mlp"
+            part = "attention" if name.split(".")[0] in (model.anatomy.attention, *model.anatomy.norms) else "mlp"
             path = f"{role}.{part}.{name.rpartition('.')[2]}"
             asked = {target for target in config.targets if f"{path}.".startswith(f"{target}.")}
             target = _target(module, f"{stack}.{index}.{name}", index, bool(asked), role, config)
@@ -71,11 +72,11 @@ def find_targets(model: Hybrid, layers: list[LayerPlan], config: "Config") -> li
             f"into one tensor take train=full alone; a target is one of {', '.join(get_args(Role))}, and may go on "
             f"with .attention or .mlp, and the name of a linear module"
         )
-    if not any(target.adapted or target.whole for target in found):
-        raise UsageError(
-            f"targets: {', '.join(config.targets)} have no linear modules that adapters could go to in this plan; set "
-            "train=full, or add `before` to targets"
-        )
+    if not found and "before" not in config.targets:
+        say("nothing that takes adapters is left behind the first change, so layers before it are trained")
+        return find_targets(model, layers, config.model_copy(update={"targets": [*config.targets, "before"]}))
+    if not found:
+        raise UsageError(f"targets: {', '.join(config.targets)} have nothing that could be trained; set train=full")
     return found
 
 

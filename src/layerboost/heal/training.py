@@ -21,16 +21,17 @@ from layerboost.data.sequences import Sequences
 from layerboost.errors import EnvironmentTrouble, TrainingError
 from layerboost.heal.checkpoint import load_step, newest, save_step
 from layerboost.heal.recovery import Recovery, Validation, looks
+from layerboost.heal.signals import NO_SIGNAL
 from layerboost.heal.student import Counts, Healer
 from layerboost.passes import gather, ranks
 from layerboost.progress import progress, say
 
 if TYPE_CHECKING:
-    from layerboost.heal.signals import Signals
+    from layerboost.heal.signals import Signal, Signals
 
 # a state is saved when the last is this old, and when saving took less than a twentieth of the time since
 _SAVE_SECONDS, _SAVE_SHARE = 15.0, 20
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Rows:
     def step(self, step: int, batch: int) -> Tensor:
         return self.order[step * batch : (step + 1) * batch]
 
+    def batch(self, numbers: Tensor) -> tuple[Sequences, "Signal | None"]:
+        """These rows; for none, one that is all padding, and counts for nothing."""
+        if len(numbers):
+            return self.rows[numbers], None if self.signals is None else self.signals[numbers]
+        tokens, nothing = self.rows.tokens[:1], self.rows.scored[:1] & False
+        return Sequences(tokens, nothing, torch.full_like(tokens, -1)), None if self.signals is None else NO_SIGNAL
+
 
 def train(healer: Healer, rows: Rows, validation: Validation, steps_folder: Path, inputs: dict[str, str]) -> Outcome:
     """All steps, or those that are left of an earlier run.
@@ -87,15 +95,16 @@ class _Run:
         self.steps = math.ceil(len(rows.order) / config.batch) if healer.changes else 0
         self.transfer = round(self.steps * config.transfer_share) if healer.learning else 0
         self.optimizer = make_optimizer(healer)
-        self.recovery = Recovery(config.patience)
+        warm = int((self.steps - self.transfer) * config.warmup)
+        self.recovery = Recovery(config.patience, self.transfer + warm)
         self.done = self.skipped = 0
         self.best: dict[str, Tensor] = {}
-        self.micro_batch = min(config.micro_batch or config.batch, -(-config.batch // self.world))
+        self.limit: int | None = None  # of sequences per pass, once memory ran out
         found = gather(newest(folder, inputs) if self.rank == 0 else None)[0]
         if found is not None:
             state, self.best = load_step(found, healer.parameters, self.optimizer)
-            self.done, self.skipped, self.micro_batch = (state[key] for key in ("step", "skipped", "micro_batch"))
-            self.recovery = Recovery.of(config.patience, state["recovery"])
+            self.done, self.skipped, self.limit = (state[key] for key in ("step", "skipped", "limit"))
+            self.recovery.restore(state["recovery"])
 
     def all(self) -> Outcome:
         saved, cost = time.monotonic(), 0.0
@@ -104,7 +113,7 @@ class _Run:
             self._look()
         with _stop_signals() as asked, progress("heal", self.steps, done=self.done) as advance:
             while self.done < self.steps and not self.recovery.flat:
-                loss, stop = self._step(asked())
+                loss, stop = self._step(asked)
                 self.done += 1
                 if self.done in look_at:
                     self._look()
@@ -133,9 +142,17 @@ class _Run:
         self.recovery.alarms.append(told)
         say(told)
 
-    def _step(self, asked: bool) -> tuple[float, bool]:
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per pass."""
+        most = min(self.config.batch, len(self.rows.order))
+        return min(self.limit or most, self.config.micro_batch or most, -(-most // self.world))
+
+    def _step(self, asked: Callable[[], bool]) -> tuple[float, bool]:
         """One step of the optimiser; returns its loss, and whether any process was asked to stop."""
         config, aligning = self.config, self.done < self.transfer
+        if self.done == self.transfer:  # another loss from here on
+            self.recovery.losses = []
         done, steps = (
             (self.done, self.transfer) if aligning else (self.done - self.transfer, self.steps - self.transfer)
         )
@@ -161,13 +178,13 @@ class _Run:
                 f"(now {self.optimizer.param_groups[0]['peak']:g}), or look at the data"
             )
 
-    def _gradients(self, numbers: Tensor, aligning: bool, asked: bool) -> tuple[float, bool]:
+    def _gradients(self, numbers: Tensor, aligning: bool, asked: Callable[[], bool]) -> tuple[float, bool]:
         """Gradients of a whole step in place, the same in every process, however it is cut into micro-batches."""
-        counts, mine = Counts.of(self.rows.rows[numbers]), numbers[self.rank :: self.world]
+        counts = Counts.of(self.rows.rows[numbers])
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                parts = [self._part(part, counts, aligning) for part in mine.split(self.micro_batch) if len(part)]
+                parts = [self._part(part, counts, aligning) for part in self._passes(numbers)]
                 break
             except RuntimeError as trouble:
                 if not any(words in str(trouble).lower() for words in _NO_MEMORY):
@@ -175,23 +192,33 @@ class _Run:
             self._cut()
         loss = torch.stack(parts).sum().item() if parts else 0.0
         if self.world == 1:
-            return loss, asked
-        return _add_up(self.healer.parameters, loss, asked)
+            return loss, asked()
+        return _add_up(self.healer.parameters, loss, asked())
+
+    def _passes(self, numbers: Tensor) -> list[Tensor]:
+        """Rows of each pass that this process makes of a step."""
+        own = [part for part in numbers[self.rank :: self.world].split(self.micro_batch) if len(part)]
+        if self.config.shard:  # a pass gathers weights from all processes, so each has to make as many
+            most = math.ceil(math.ceil(len(numbers) / self.world) / self.micro_batch)
+            own += [numbers[:0]] * (most - len(own))
+        return own
 
     def _part(self, numbers: Tensor, counts: Counts, aligning: bool) -> Tensor:
-        batch = self.rows.rows[numbers]
-        if aligning:
-            return self.healer.transfer(batch, counts)
-        signal_ = None if self.rows.signals is None else self.rows.signals[numbers]
-        return self.healer.backward(batch, counts, signal_)
+        batch, kept = self.rows.batch(numbers)
+        return self.healer.transfer(batch, counts) if aligning else self.healer.backward(batch, counts, kept)
 
     def _cut(self) -> None:
+        if self.config.shard:
+            raise EnvironmentTrouble(
+                f"out of memory with {self.micro_batch} sequences at a time, and processes that share weights cannot "
+                "try again one by one; set a smaller micro_batch, or gradient_checkpointing=true, and go on"
+            )
         if self.micro_batch == 1:
             raise EnvironmentTrouble(
-                f"out of memory with one sequence of {self.rows.rows.tokens.shape[1]} tokens; set "
-                "gradient_checkpointing=true, a shorter length, or use several devices with shard=true"
+                f"out of memory with one sequence of {self.rows.rows.tokens.shape[1]} tokens; go on with "
+                "gradient_checkpointing=true, or with several devices and shard=true; or take a shorter length"
             )
-        self.micro_batch = -(-self.micro_batch // 2)
+        self.limit = -(-self.micro_batch // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         say(
@@ -211,7 +238,7 @@ class _Run:
     def _save(self) -> None:
         if self.rank:
             return
-        state = {"skipped": self.skipped, "micro_batch": self.micro_batch, "recovery": self.recovery.state()}
+        state = {"skipped": self.skipped, "limit": self.limit, "recovery": self.recovery.state()}
         save_step(self.folder, self.done, self.healer.parameters, self.best, self.optimizer, state, self.inputs)
 
 
