@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -101,10 +102,10 @@ def _shape(name: str | None, *values: Any) -> Any:
 
 def _quiet() -> None:
     """transformers' own bars and hints would stand between our lines."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
 
 
 @verb
@@ -702,6 +703,8 @@ def _options(
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does
+    for name in ("torchao", "torch.utils._pytree"):  # which speak of kernels for GPUs wherever peft finds torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
