@@ -1,6 +1,6 @@
 """Teacher and student in one set of weights: what is trained is put in for the student, and taken out for the teacher.
 
-B sequences, T tokens, K scored tokens, E hidden size.
+B sequences, T tokens, K scored tokens, E hidden size, G key/value heads of size D.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Seen:
     Attributes:
         final: `[B, T, E]` final hidden states.
         layers, attentions: `[B, T, E]` outputs, of changed layers, and of their attentions where they have a mixer.
-        values: `[B, G, T, D]` of the last full attention.
+        values: `[B, T, G * D]` of the last full attention, all key/value heads in a row.
         entry: what the first layer that is not shared is given, and whether layers answer with a tuple.
     """
 
@@ -142,16 +142,16 @@ class Healer:
         )  # fmt: skip
         return peft.get_peft_model(self.model, settings)
 
-    def _find_values(self) -> tuple[int, nn.Module]:
+    def _find_values(self) -> nn.Module:
         kept = [i for i, plan in enumerate(self.layers) if plan.mixer == "full_attention" and i >= self.shared]
         attention = self.model.anatomy.attention
-        found = [(i, getattr(getattr(self.model.decoder_layers[i], attention), "v_proj", None)) for i in kept]
-        if not found or found[-1][1] is None:
+        found = [getattr(getattr(self.model.decoder_layers[i], attention), "v_proj", None) for i in kept]
+        if not found or found[-1] is None:
             raise UsageError(
                 "losses: values compares the values of the last full attention behind the first changed layer, and "
                 f"{'there is none' if not found else 'this family has no v_proj'}; leave that loss out"
             )
-        return found[-1]  # type: ignore[return-value]
+        return found[-1]
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
@@ -240,7 +240,7 @@ class Healer:
             if self._by_need["attentions"] and plan.mixer != "no_attention":
                 hooks.append(getattr(layer, attention).register_forward_hook(keep(seen.attentions, i)))
         if self._values_of is not None:
-            hooks.append(self._values_of[1].register_forward_hook(keep_values))
+            hooks.append(self._values_of.register_forward_hook(keep_values))
         try:
             seen.final = base(**self._inputs(batch), use_cache=False).last_hidden_state
         finally:
