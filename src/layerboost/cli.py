@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
+            _part()
         except LayerBoostError as trouble:
             say(f"error: {trouble}")
             raise typer.Exit(trouble.exit_code) from None
@@ -71,6 +73,14 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EnvironmentTrouble.exit_code) from None
 
     return wrapped
+
+
+def _part() -> None:
+    """After a trouble nobody waits for the others: who started them ends them all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from layerboost.passes import part
+
+        part()
 
 
 def _out_of_memory(trouble: BaseException) -> bool:

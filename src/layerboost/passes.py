@@ -259,6 +259,12 @@ def ranks() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
+def part() -> None:
+    """Several processes take leave of one another once all is done; their connections' threads may not outlive Python."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def gather(own: Any) -> list[Any]:
     """Every process's object, in the order of the processes."""
     if ranks()[1] == 1:

@@ -143,18 +143,16 @@ def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
     pieces = [piece for piece in pieces if len(piece[0])]
     lay_out = _packed if wanted.pack else _padded
     shuffle = np.random.default_rng(wanted.seed)
-    order = list(range(len(pieces)))
-    parts: list[Sequences] = []
-    missing = wanted.rows
+    first = lay_out(pieces, wanted.length)
+    if not len(first):
+        raise DataError(f"{name} holds less than one sequence of {wanted.length} tokens to learn from; give more text")
+    parts = [first[: wanted.rows]]
+    missing = wanted.rows - len(parts[0])
     while missing:
-        part = lay_out([pieces[i] for i in order], wanted.length)[:missing]
-        if not len(part):
-            raise DataError(
-                f"{name} holds less than one sequence of {wanted.length} tokens to learn from; give more text"
-            )
-        parts.append(part)
-        missing -= len(part)
-        order = shuffle.permutation(len(pieces)).tolist()
+        part = lay_out([pieces[i] for i in shuffle.permutation(len(pieces))], wanted.length)
+        # of a few short documents, another order may make no row
+        parts.append((part if len(part) else first)[:missing])
+        missing -= len(parts[-1])
     found = Sequences.concatenate(parts)
     whole = found.positions is None or torch.equal(found.positions, _whole(found.tokens))
     return Sequences(found.tokens, found.scored) if whole else found
