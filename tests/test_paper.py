@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from layerboost import pipeline
 from layerboost.artifacts import Evaluation, Plan, load
 from layerboost.cli import app
+from layerboost.errors import UsageError
 from layerboost.recipe import load_recipe
 from tests.harness import only_own_tasks, small_tasks
 from tests.test_pipeline import SMALL
@@ -56,3 +57,15 @@ def test_in_miniature(tiny, tmp_path_factory):
     assert "choose: acc ↑" in page
     written = json.loads((root / "run" / "result.json").read_text())
     assert written["plan"]["layers"] == [layer.mixer for layer in plan.layers]
+    assert written["tasks"]["healed"]["choose"]["acc"] == evaluation.tasks["healed"]["choose"]["acc"].value
+
+
+def test_a_slip_in_a_task_is_found_before_any_work(tiny, tmp_path):
+    pytest.importorskip("lm_eval")
+    with only_own_tasks(tmp_path / "datasets"), pytest.raises(UsageError, match="did you mean choose"):
+        pipeline.run(
+            tiny,
+            load_recipe("paper", ["evaluate.tasks=[chose]", f"evaluate.task_folder={small_tasks(tmp_path)}"]),
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()

@@ -309,7 +309,7 @@ def test_estimates_from_the_configuration_alone(tiny, recipe):
 
 class TestRecipe:
     def test_shipped_recipes_are_valid(self):
-        for name in ("default", "demo"):
+        for name in ("default", "demo", "paper"):
             assert isinstance(load_recipe(name), Recipe)
 
     def test_shared_settings_reach_every_verb_that_does_not_say_otherwise(self, tmp_path):

@@ -571,6 +571,7 @@ class Result(Artifact):
     quality: dict[str, dict[str, Any]]
     cost: dict[str, Any]
     speed: dict[str, Ratio]
+    tasks: dict[str, dict[str, dict[str, float | None]]] = {}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

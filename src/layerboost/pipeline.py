@@ -33,6 +33,7 @@ from layerboost.pilot import heal_briefly
 from layerboost.progress import say
 from layerboost.provenance import command, provenance
 from layerboost.recipe import Recipe
+from layerboost.tasks import load_tasks
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         check_output_folder(out / name)
     folder = find_model(model)
     check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
+    evaluating = recipe.section(evaluate.Config, "evaluate")
+    if not (out / "evaluation.json").exists():
+        load_tasks(evaluating.tasks, evaluating.task_folder)  # or a slip would be found hours later
     with lock(out):
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False))
         for stage in stages(model, folder, recipe, out):
@@ -161,6 +165,7 @@ def result(out: Path) -> Result:
             "parameters": benched.parameters,
         },
         speed=benched.speed,
+        tasks=_task_values(evaluation),
         provenance=provenance(
             command=command(),
             model_digest=sensitivity.model.digest,
@@ -177,6 +182,14 @@ def _plain(quality: Quality) -> dict[str, Any]:
         "perplexity": quality.perplexity,
         "kl": quality.kl.mean,
         "recall": {probe: found.mean for probe, found in quality.recall.items()},
+    }
+
+
+def _task_values(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Per model, task and metric."""
+    return {
+        model: {task: {metric: score.value for metric, score in found.items()} for task, found in tasks.items()}
+        for model, tasks in evaluation.tasks.items()
     }
 
 
