@@ -19,6 +19,7 @@ def heal_briefly(model: Path, plans: Sequence[list[LayerPlan]], config: plan.Con
     text = sum(weight for metric, weight in config.weights.items() if metric.startswith("text"))
     rest = sum(config.weights.values()) - text
     settings = heal.Config(tokens=config.pilot_tokens, text=config.text, seed=config.seed, device=config.device)
+    settings = settings.model_copy(update={"length": min(settings.length, settings.tokens)})
     losses = []
     for number, layers in enumerate(plans, 1):
         say(f"pilot {number} of {len(plans)}")

@@ -5,6 +5,7 @@
 Every file is a step that is not done again; ways that choose the same plan share one trial.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ from layerboost.model.loading import (
     pick_device,
     read_config,
 )
+from layerboost.pilot import heal_briefly
 from layerboost.plan import Measuring
 from layerboost.progress import say
 from layerboost.provenance import provenance
@@ -63,6 +65,7 @@ DEFAULT = "greedy"
 # every way of choosing layers: what `plan` is told
 SELECTORS: dict[str, dict[str, Any]] = {
     "greedy": {"planner": "greedy"},
+    "greedy+pilots": {"planner": "greedy", "pilots": 3},
     "milp": {"planner": "milp"},
     "gates": {"planner": "gates"},
     **{
@@ -83,6 +86,7 @@ SELECTORS: dict[str, dict[str, Any]] = {
     "random": {"planner": "random"},
 }
 _WHEN = ("before", "after")
+_PILOT_SHARE = 5  # a pilot has a fifth of the tokens of the healing
 _PAPER = "tiers benchmarks"  # the paper's own score needs `analyze.tasks`
 # what may take the place of attention; windows are filled in
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -278,22 +282,27 @@ class Bout:
             told | {
                 "kv_reduction": self.job.kv_reduction, "context": self.job.length, "seed": self.seed,
                 "weights": self.job.weights, "measuring": self.job.plan.model_dump() | {"length": self.job.length},
+                "pilot_tokens": self._pilot_tokens,
             },
             f"selector {name}", UsageError,
         )  # fmt: skip
         allowed = self.sensitivity.model_copy(
             update={"layers": [[c for c in own if c.plan.label in kept] for own in self.sensitivity.layers]}
         )
-        path = self.folder / "plans" / f"{name.replace(' ', '-').replace('+', '-')}.json"
+        path = self.folder / "plans" / f"{re.sub('[ +]', '-', name)}.json"
         wanted = plan.inputs(allowed, config, self.base)
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                plan.run(allowed, config, model=self.model, out=path)
+                plan.run(allowed, config, model=self.model, out=path, pilot=heal_briefly)
             except PlanError as trouble:
                 return f"no plan: {trouble}", 0.0
         found = load(Plan, path)
         return found, self._cost(told, found, allowed)
+
+    @property
+    def _pilot_tokens(self) -> int:
+        return max(self.job.heal.length, self.job.heal.tokens // _PILOT_SHARE)
 
     def _cost(self, told: dict[str, Any], found: Plan, allowed: Sensitivity) -> float:
         """Forward passes over the analysed data that the choice took."""
@@ -309,6 +318,7 @@ class Bout:
         tokens = self.sensitivity.costs["measured"].tokens
         own = (self.job.plan.texts + len(PROBES) * self.job.plan.answers) * self.job.length
         more = cost["forwards"] * own / tokens if cost else 0.0
+        more += 4 * told.get("pilots", 0) * self._pilot_tokens / tokens  # teacher, student, and a backward pass is two
         return round(more + (0.0 if told["planner"] == "gates" else analysed), 2)
 
     def _trial(self, chosen: Plan) -> tuple[str, Trial]:
