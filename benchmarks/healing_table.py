@@ -4,7 +4,7 @@
     python benchmarks/healing_table.py --measure
 
 The table is of models of 1B, 8B and 70B, 10M tokens at length 4,096, 8 sequences per step and one at a time on each
-device, adapters of rank 32 on every linear module of every layer, bfloat16. Hours are at 36 % of the data sheet's rate;
+device, adapters of the default rank on every linear module of every layer, bfloat16. Hours are at 36 % of the data sheet's rate;
 what devices tell one another, and unpacking of few bits, are not counted. A device is full at 90 %, the rest is for its
 libraries and for fragments.
 

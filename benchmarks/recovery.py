@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -26,11 +27,11 @@ KL = {"forward_kl": 1.0}
 GROUPS = {
     "loss": {
         "KL": {"losses": KL},
-        "KL + 1 hidden": {"losses": KL | {"hidden": 1.0}},
         "KL + 5 hidden": {"losses": KL | {"hidden": 5.0}},
         "KL + 20 hidden": {"losses": KL | {"hidden": 20.0}},
-        "hidden": {"losses": {"hidden": 5.0}},
-        "KL + 5 cosine": {"losses": KL | {"cosine": 5.0}},
+        "KL + 80 hidden": {"losses": KL | {"hidden": 80.0}},
+        "hidden": {"losses": {"hidden": 20.0}},
+        "KL + 20 cosine": {"losses": KL | {"cosine": 20.0}},
         "KL + 1 attention": {"losses": KL | {"attention": 1.0}},
         "KL + 1 values": {"losses": KL | {"values": 1.0}},
         "reverse KL": {"losses": {"reverse_kl": 1.0}},
@@ -42,7 +43,8 @@ GROUPS = {
         "LoRA r8": {"rank": 8},
         "LoRA r32": {"rank": 32},
         "LoRA r64": {"rank": 64},
-        "LoRA r32 and norms": {"norms": True},
+        "LoRA r128": {"rank": 128},
+        "norms as well": {"norms": True},
         "attention only": {"targets": ["kept.attention", "changed.attention"]},
         "MLPs only": {"targets": ["kept.mlp", "changed.mlp", "removed.mlp"]},
         "changed layers only": {"targets": ["changed", "removed"]},
@@ -66,9 +68,14 @@ GROUPS = {
 COLUMNS = ("KL closed", "NLL closed", "text KL", "recall", "short of base")
 
 
+def settings(words: list[str]) -> dict:
+    """From `key=value`."""
+    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+
+
 def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: int, args) -> dict:
     """One healing, judged; from its file if that is there, under whatever name it was made."""
-    changes = {"tokens": args.tokens, "length": 256, "seed": seed} | changes
+    changes = {"tokens": args.tokens, "length": 256, "seed": seed} | settings(args.heal) | changes
     usual = 0.125 if changes.get("train") == "full" else 0.5
     width = json.loads((find_model(model) / "config.json").read_text())["hidden_size"]
     changes["learning_rate"] = changes.pop("rate", usual) / width
@@ -76,16 +83,15 @@ def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: 
     layers = load(Plan, plan).layers
     if sinks:
         layers = [dataclasses.replace(layer, sink=True) if layer.window else layer for layer in layers]
-    settings = heal.Config(**changes)
-    kept = (
-        out / f"{text_digest([settings.model_dump(mode='json'), [x.entry() for x in layers], args.answers])[:16]}.json"
-    )
+    config = heal.Config(**changes)
+    made_from = [config.model_dump(mode="json"), [layer.entry() for layer in layers], args.answers]
+    kept = out / f"{text_digest(made_from)[:16]}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     say(f"{name}, seed {seed}")
     work = out / f"work-{kept.stem}"
     hybrid = convert.run(model, Plan(layers=layers), out=work / "hybrid")
-    healing = heal.run(hybrid, model, settings, out=work / "healed")
+    healing = heal.run(hybrid, model, config, out=work / "healed")
     judged = evaluate.run(
         work / "healed", model, evaluate.Config(texts=64, answers=args.answers, completions=0, seed=seed)
     ).models
@@ -101,7 +107,7 @@ def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: 
         "tokens": healing.tokens,
         "name": name,
         "seed": seed,
-        "curve": [point.model_dump() | healing.closed(point) for point in healing.curve],
+        "curve": [point.model_dump() | {"closed": healing.closed(point)} for point in healing.curve],
         "alarms": healing.alarms,
     }
     write_text(kept, json.dumps(found, indent=1))
@@ -125,37 +131,22 @@ def cell(column: str, values: list[float]) -> str:
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
-    """Gap closed and recall over tokens: whole healings of so many tokens, and the curve of the longest on its way."""
+    """KL gap closed and recall over tokens: whole healings of so many, and what the longest closed on its way."""
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
+    whole = [found for healings in results.values() for found in healings]
     left, right = figure.subplots(1, 2)
-    tokens = [found[0]["tokens"] for found in results.values()]
-    for axes, column, title in (
-        (left, "KL closed", "KL gap closed, %"), (right, "recall", "Recall, %"),
-    ):  # fmt: skip
-        for n in range(max(map(len, results.values()))):
-            points = [(t, 100 * f[n][column]) for t, f in zip(tokens, results.values(), strict=True) if n < len(f)]
-            axes.plot(
-                *zip(*points, strict=True),
-                marker="o",
-                color="#2f5d8a",
-                label="held out, whole healings" if not n else None,
-            )
-        curve = [p for p in list(results.values())[-1][0]["curve"] if p["tokens"]]
-        key = "kl" if column == "KL closed" else "recall"
-        own = [100 * p[key] for p in curve] if column == "KL closed" else None
-        if own:
-            axes.plot(
-                [p["tokens"] for p in curve],
-                own,
-                ls=":",
-                color="#b4534b",
-                label="validation, on the way of the longest",
-            )
-        axes.set_xscale("log")
+    for axes, column, title in ((left, "KL closed", "KL gap closed, %"), (right, "recall", "Recall, %")):
+        for n, seed in enumerate(sorted({found["seed"] for found in whole})):
+            line = [(found["tokens"], 100 * found[column]) for found in whole if found["seed"] == seed]
+            label = None if n else "held out, whole healings"
+            axes.plot(*zip(*line, strict=True), marker="o", color="#2f5d8a", label=label)
+        axes.set(xscale="log", xlabel="tokens of healing")
         axes.set_title(title, loc="left")
-        axes.set_xlabel("tokens of healing")
         axes.spines[["top", "right"]].set_visible(False)
+    longest = max(whole, key=lambda found: found["tokens"])
+    way = [(point["tokens"], 100 * point["closed"]["kl"]) for point in longest["curve"] if point["tokens"]]
+    left.plot(*zip(*way, strict=True), ls=":", color="#b4534b", label="validation, on the way of the longest")
     left.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
@@ -169,6 +160,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants by name; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", default="100k", help="of every healing, but in the group tokens")
+    parser.add_argument("--heal", nargs="+", default=[], help="settings of every healing, as key=value", metavar="SET")
     parser.add_argument("--answers", type=int, default=200, help="held-out sequences of each probe")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +169,8 @@ def main() -> None:
         results: dict[str, list[dict]] = {}
         for seed in args.seeds:
             for name, changes in GROUPS[group].items():
+                if group != "tokens":  # so short a healing spends most of its time on looks
+                    changes = {"texts": 8, "answers": 8} | changes
                 if args.only and name not in args.only:
                     continue
                 found = variant(args.model, args.plan, args.out, f"{group} {name}", changes, seed, args)

@@ -86,9 +86,9 @@ class Config(DataConfig):
     length: int = Field(512, ge=64)
     batch: int = Field(4, ge=1)
     micro_batch: int | None = Field(None, ge=1)
-    losses: dict[LossName, Annotated[float, Field(ge=0)]] = Field({"forward_kl": 1.0, "hidden": 5.0})
+    losses: dict[LossName, Annotated[float, Field(ge=0)]] = Field({"forward_kl": 1.0, "hidden": 20.0})
     train: Literal["lora", "full"] = "lora"
-    rank: int = Field(32, ge=1)
+    rank: int = Field(64, ge=1)
     targets: list[Annotated[str, AfterValidator(check_target)]] = Field(["kept", "changed", "removed"], min_length=1)
     norms: bool = False
     learning_rate: float | None = Field(None, gt=0)
@@ -98,7 +98,7 @@ class Config(DataConfig):
     warmup: float = Field(0.05, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     transfer_share: float = Field(0.2, ge=0, lt=1)
-    probe_share: float = Field(0.4, ge=0, le=1)
+    probe_share: float = Field(0.2, ge=0, le=1)
     data: list[Source] | None = Field(None, min_length=1)
     data_seed: int | None = Field(None, ge=0)
     texts: int = Field(16, ge=2)
