@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,11 +77,18 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _part() -> None:
-    """After a trouble nobody waits for the others: who started them ends them all."""
+    """Where several processes end once all is done; after a trouble, who started them ends them all.
+
+    FSDP keeps the threads of gloo beyond their group, and one that meets an interpreter on its way out aborts the
+    process; so this one leaves without Python's farewell.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from layerboost.passes import part
 
         part()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _out_of_memory(trouble: BaseException) -> bool:

@@ -260,7 +260,7 @@ def ranks() -> tuple[int, int]:
 
 
 def part() -> None:
-    """Several processes take leave of one another: the threads of their connections may not outlive Python."""
+    """Several processes take leave of one another, and know of none afterwards."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
