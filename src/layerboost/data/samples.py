@@ -132,7 +132,7 @@ def training_rows(
     rows: int,
     length: int,
     seed: int,
-    probe_share: float = 0.2,
+    probe_share: float = 0.4,
     sources: Sequence[Source] | None = None,
     pack: bool = True,
     generate: Generate | None = None,

@@ -98,7 +98,7 @@ class Config(DataConfig):
     warmup: float = Field(0.05, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     transfer_share: float = Field(0.2, ge=0, lt=1)
-    probe_share: float = Field(0.2, ge=0, le=1)
+    probe_share: float = Field(0.4, ge=0, le=1)
     data: list[Source] | None = Field(None, min_length=1)
     data_seed: int | None = Field(None, ge=0)
     texts: int = Field(16, ge=2)
