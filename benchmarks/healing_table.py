@@ -4,9 +4,9 @@
     python benchmarks/healing_table.py --measure
 
 The table is of models of 1B, 8B and 70B, 10M tokens at length 4,096, 8 sequences per step and one at a time on each
-device, adapters of the default rank on every linear module of every layer, bfloat16. Hours are at 36 % of the data sheet's rate;
-what devices tell one another, and unpacking of few bits, are not counted. A device is full at 90 %, the rest is for its
-libraries and for fragments.
+device, adapters of the default rank on every linear module of every layer, bfloat16. Hours are at 36 % of the data
+sheet's rate; what devices tell one another, and unpacking of few bits, are not counted. A device is full at 90 %, the
+rest is for its libraries and for fragments.
 
 `--measure` heals a model of 101M parameters on this machine instead, in processes of their own, and sets the peak of
 their memory beside the formula's, with and without gradient checkpointing, under which writing the result takes most.
