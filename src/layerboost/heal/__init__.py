@@ -88,7 +88,7 @@ class Config(DataConfig):
     micro_batch: int | None = Field(None, ge=1)
     losses: dict[LossName, Annotated[float, Field(ge=0)]] = Field({"forward_kl": 1.0, "hidden": 20.0})
     train: Literal["lora", "full"] = "lora"
-    rank: int = Field(64, ge=1)
+    rank: int = Field(32, ge=1)
     targets: list[Annotated[str, AfterValidator(check_target)]] = Field(["kept", "changed", "removed"], min_length=1)
     norms: bool = False
     learning_rate: float | None = Field(None, gt=0)
