@@ -17,7 +17,7 @@ from layerboost import analyze, heal, pipeline
 from layerboost.errors import EnvironmentTrouble, PlanError, UsageError
 from layerboost.estimate import count_parameters, estimate
 from layerboost.model.loading import read_config
-from layerboost.recipe import Recipe, load_recipe
+from layerboost.recipe import Recipe, load_recipe, shipped
 from tests.conftest import FAMILIES
 from tests.tiny import make_checkpoint
 
@@ -309,7 +309,7 @@ def test_estimates_from_the_configuration_alone(tiny, recipe):
 
 class TestRecipe:
     def test_shipped_recipes_are_valid(self):
-        for name in ("default", "demo", "paper"):
+        for name in shipped():
             assert isinstance(load_recipe(name), Recipe)
 
     def test_shared_settings_reach_every_verb_that_does_not_say_otherwise(self, tmp_path):

@@ -5,7 +5,6 @@
 Every file is a step that is not done again; ways that choose the same plan share one trial.
 """
 
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -289,7 +288,7 @@ class Bout:
         allowed = self.sensitivity.model_copy(
             update={"layers": [[c for c in own if c.plan.label in kept] for own in self.sensitivity.layers]}
         )
-        path = self.folder / "plans" / f"{re.sub('[ +]', '-', name)}.json"
+        path = self.folder / "plans" / f"{name.replace(' ', '-').replace('+', '-')}.json"
         wanted = plan.inputs(allowed, config, self.base)
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
