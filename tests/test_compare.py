@@ -43,6 +43,9 @@ def test_every_way_is_tried_at_the_budget(finished):
     for entry in found.entries:
         if entry.trial is None:
             assert entry.verdict["after"].startswith("no plan: ")
+    by_name = {entry.name: entry for entry in found.entries}
+    assert by_name["greedy+pilots"].trial is not None
+    assert by_name["greedy+pilots"].cost > by_name["greedy"].cost
     assert load(Comparison, out / "comparison.json") == found
     assert (out / "comparison.png").stat().st_size > 5_000
     text = (out / "comparison.md").read_text()
