@@ -244,6 +244,15 @@ def test_training_rows_are_as_many_as_asked_and_repeat_small_text(tmp_path):
         )
 
 
+def test_probes_that_are_measured_on_are_never_trained_on():
+    corpus = standard_library()
+    judged = samples(corpus, tokenizer(), 258, split="held_out", texts=2, answers=20, length=96, distance=40)
+    seen = {tuple(row[:8].tolist()) for row in judged["copy"].tokens}
+    for seed in range(20):
+        rows = training_rows(corpus, tokenizer(), 258, rows=30, length=96, probe_share=1.0, seed=seed)
+        assert not seen & {tuple(row[:8].tolist()) for row in rows.tokens}
+
+
 def test_the_held_out_split_is_never_trained_or_planned_on():
     corpus = standard_library()
     held_out = token_stream(corpus.split("held_out"), tokenizer(), tokens=10**9, piece=10**9, seed=0)
