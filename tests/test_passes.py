@@ -163,18 +163,26 @@ def test_what_computes_between_its_layers_is_refused(tiny, change):
     assert no_forward_left(model)
 
 
-@pytest.mark.parametrize("trouble", [RuntimeError, KeyError])
-def test_entering_leaves_nothing_behind_after_an_error(tiny, monkeypatch, trouble):
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (RuntimeError("no norm today"), CheckpointError),
+        (KeyError("no norm today"), KeyError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_entering_leaves_nothing_behind_after_an_error(tiny, monkeypatch, trouble, told):
     model = load_original(tiny)
     tokens = some_tokens(2, 8)
     before = whole(model, PLANS[0], tokens)
 
     def fail(*_):
-        raise trouble("no norm today")
+        raise trouble
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model.final_norm), "forward", fail)
-        with pytest.raises((KeyError, CheckpointError)):
+        with pytest.raises(told):
             enter(model, tokens)
     assert no_forward_left(model)
     assert torch.equal(whole(model, PLANS[0], tokens), before)

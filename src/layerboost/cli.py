@@ -16,7 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from layerboost import __version__
-from layerboost.errors import INTERRUPTED, EnvironmentTrouble, LayerBoostError, UsageError, VerificationError
+from layerboost.errors import (
+    INTERRUPTED,
+    EnvironmentTrouble,
+    LayerBoostError,
+    UsageError,
+    VerificationError,
+    out_of_memory,
+)
 from layerboost.layer_plan import LayerPlan, short
 from layerboost.progress import SPEAKS, say
 
@@ -67,7 +74,7 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
             say("interrupted; the same command goes on from here")
             raise typer.Exit(INTERRUPTED) from None
         except (MemoryError, RuntimeError) as trouble:
-            if not _out_of_memory(trouble):
+            if not out_of_memory(trouble):
                 raise
             first = str(trouble).partition("\n")[0][:200]
             say(f"error: out of memory ({first}); use shorter sequences, a smaller batch or a smaller model")
@@ -89,12 +96,6 @@ def _part() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def _out_of_memory(trouble: BaseException) -> bool:
-    return (
-        isinstance(trouble, MemoryError) or "out of memory" in str(trouble) or "can't allocate memory" in str(trouble)
-    )
 
 
 def _model_or_settings(model: str | None, settings: list[str] | None) -> tuple[str | None, list[str]]:

@@ -47,3 +47,11 @@ class VerificationError(LayerBoostError, RuntimeError):
 
 
 INTERRUPTED = 130
+
+# torch has no one exception for it: the CPU's allocator, CUDA's and cuBLAS's each say it in their own words
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+def out_of_memory(trouble: BaseException) -> bool:
+    """Whether the machine or its device had no memory left."""
+    return isinstance(trouble, MemoryError) or any(words in str(trouble).lower() for words in _NO_MEMORY)

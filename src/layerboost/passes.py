@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from layerboost.data.sequences import Sequences
-from layerboost.errors import CheckpointError
+from layerboost.errors import CheckpointError, out_of_memory
 from layerboost.layer_plan import LayerPlan, full_plan
 from layerboost.model.config import family_of
 from layerboost.model.families import first_tensor
@@ -76,7 +76,9 @@ def _record(model: Hybrid, tokens: Tensor, wrap: Callable[[Tensor], Any]) -> Ent
         for layer in layers:
             layer.forward = stand_in
         final = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as trouble:
+        if out_of_memory(trouble):
+            raise
         return None
     finally:
         for layer in layers:

@@ -29,7 +29,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
 from layerboost.artifacts import TaskScore, file_digest
-from layerboost.errors import CheckpointError, DataError, EnvironmentTrouble, LayerBoostError, UsageError
+from layerboost.errors import (
+    CheckpointError,
+    DataError,
+    EnvironmentTrouble,
+    LayerBoostError,
+    UsageError,
+    out_of_memory,
+)
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.passes import Plans, count_layers, finals, neighbours
@@ -232,9 +239,11 @@ def _harness(what: str) -> Iterator[None]:
             stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
             stack.enter_context(patch.object(evaluate.config, "HF_EVALUATE_OFFLINE", True))
             yield
-    except (LayerBoostError, MemoryError, torch.OutOfMemoryError):
+    except LayerBoostError:
         raise
     except Exception as trouble:  # tasks are other people's code: anything may come out of it
+        if out_of_memory(trouble):
+            raise
         line = next(iter(str(trouble).splitlines()), "")
         raise DataError(f"{what}: {type(trouble).__name__}: {line}") from None
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerboost.data.sequences import Sequences
-from layerboost.errors import EnvironmentTrouble, TrainingError
+from layerboost.errors import EnvironmentTrouble, TrainingError, out_of_memory
 from layerboost.heal.checkpoint import load_step, newest, save_step
 from layerboost.heal.recovery import Recovery, Validation, looks
 from layerboost.heal.signals import NO_SIGNAL
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 # a state is saved when the last is this old, and when saving took less than a twentieth of the time since
 _SAVE_SECONDS, _SAVE_SHARE = 15.0, 20
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class _Run:
                 parts = [self._part(part, counts, aligning) for part in self._passes(numbers)]
                 break
             except RuntimeError as trouble:
-                if not any(words in str(trouble).lower() for words in _NO_MEMORY):
+                if not out_of_memory(trouble):
                     raise
             self._cut()
         loss = torch.stack(parts).sum().item() if parts else 0.0
