@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,6 @@ import threading
 import time
 import urllib.request
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -27,6 +25,7 @@ from layerboost.heal.losses import top_k_kl
 from layerboost.heal.signals import signals
 from layerboost.heal.student import Healer
 from layerboost.model.loading import load_original
+from tests.stub_server import Stub, answering
 from tests.test_heal import settings_with
 from tests.tiny import FULL, NONE, make_checkpoint, some_tokens, window
 
@@ -63,26 +62,11 @@ def packed_rows():
     return Sequences(some_tokens(5, 24), mask, positions)
 
 
-class Stub(BaseHTTPRequestHandler):
-    """Answers as vLLM's server does, of a model that is here."""
-
-    model, most, names, lock = None, 20, ("it",), threading.Lock()
-    spoil = staticmethod(lambda steps: steps)
+class Teacher(Stub):
+    model, most, lock = None, 20, threading.Lock()
     asked: list = []  # noqa: RUF012
 
-    def log_message(self, *_):
-        pass
-
-    def reply(self, answer, status=200):
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def do_GET(self):
-        self.reply({"data": [{"id": name} for name in self.names]})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def complete(self, asked):
         self.asked.append(asked)
         top, prompt = asked["prompt_logprobs"], asked["prompt"]
         if top > self.most:
@@ -102,12 +86,9 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tiny):
-    handler = type("Handler", (Stub,), {"model": load_original(tiny), "asked": []})
-    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield handler, f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
+    handler = type("Handler", (Teacher,), {"model": load_original(tiny), "asked": []})
+    with answering(handler) as url:
+        yield handler, url
 
 
 def files(folder):

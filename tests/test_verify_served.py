@@ -1,9 +1,5 @@
 """verify on a server: answers that are the hybrid's pass, others do not, and what is no server is said."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
 import pytest
 import torch
 
@@ -11,6 +7,7 @@ from layerboost import verify
 from layerboost.errors import EnvironmentTrouble
 from layerboost.model.loading import load_model, load_original
 from layerboost.model.saving import save_hybrid
+from tests.stub_server import Stub, answering
 from tests.tiny import FULL, NONE, make_checkpoint, window
 
 
@@ -29,23 +26,8 @@ def server(folder):
     """The hybrid behind an address, as vLLM's server answers; `spoil` may change what it says."""
     model = load_model(folder)
 
-    class Handler(BaseHTTPRequestHandler):
-        spoil = staticmethod(lambda answer: answer)
-        models = ("it",)
-
-        def log_message(self, *_):
-            pass
-
-        def reply(self, answer, status=200):
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def do_GET(self):
-            self.reply({"data": [{"id": name} for name in self.models]})
-
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    class Handler(Stub):
+        def complete(self, asked):
             assert asked["temperature"] == 0
             tokens, chosen, steps = asked["prompt"], [], []
             for _ in range(asked["max_tokens"]):
@@ -59,10 +41,8 @@ def server(folder):
             answer = {"tokens": [f"token_id:{token}" for token in chosen], "top_logprobs": steps}
             self.reply({"choices": [{"logprobs": self.spoil(answer)}]})
 
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield Handler, f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
+    with answering(Handler) as url:
+        yield Handler, url
 
 
 def held(checks):
@@ -97,10 +77,10 @@ def test_what_is_no_server_is_said(folder, server):
     handler, url = server
     with pytest.raises(EnvironmentTrouble, match="cannot be reached"):
         verify.run("http://127.0.0.1:9", folder)
-    handler.models = ("one", "two")
+    handler.names = ("one", "two")
     with pytest.raises(EnvironmentTrouble, match="serves 2 models"):
         verify.run(url, folder)
-    handler.models = ("it",)
+    handler.names = ("it",)
     handler.spoil = staticmethod(lambda answer: None)
     with pytest.raises(EnvironmentTrouble, match="did not answer with tokens and logprobs"):
         verify.run(url, folder)
