@@ -192,6 +192,7 @@ def test_dry_run_does_nothing(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     assert "GB of memory" in result.output
     assert "MB of disk" in result.output
+    assert "lm-eval" not in result.output
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,7 @@ def test_a_dry_run_needs_the_configuration_alone(tmp_path):
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     assert "4,022,468,096 parameters" in done.output
+    assert "without lm-eval tasks" in done.output
     for stage in ("analyze", "plan", "convert", "heal", "evaluate", "bench", "report"):
         assert stage in done.output
     assert not (tmp_path / "run").exists()

@@ -579,9 +579,10 @@ def _dry_run(model: str, recipe: Any, out: Path) -> None:
         table.add_row(stage, str(out / path), about)
     table.add_row("report", str(out / "report.html"), _duration(0.0))
     _print(table)
+    rough = "rough, and without lm-eval tasks" if recipe.analyze.tasks or recipe.evaluate.tasks else "rough"
     typer.echo(
         f"{found.parameters:,} parameters; about {found.memory_bytes / 1e9:.1f} GB of memory, and "
-        f"{found.disk_bytes / 1e6:,.0f} MB of disk where {free_bytes(out) / 1e6:,.0f} MB are free; times are rough. "
+        f"{found.disk_bytes / 1e6:,.0f} MB of disk where {free_bytes(out) / 1e6:,.0f} MB are free; times are {rough}. "
         "Nothing was done."
     )
 
