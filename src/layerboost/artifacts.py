@@ -246,7 +246,7 @@ class CurvePoint(Record):
 
     @property
     def distance(self) -> float:
-        """What healing brings down, and what the best look is the lowest of."""
+        """What healing brings down, and looks are compared by."""
         return self.kl + self.recall_kl
 
 
@@ -256,7 +256,7 @@ class Healing(Artifact):
     Attributes:
         tokens: that were trained on; what is published may be of an earlier look.
         curve: looks, the first before any training.
-        published: step of the look whose weights these are: the best.
+        published: step of the look whose weights these are: the last that is no worse than any other, but for chance.
         base_nll, base_recall: of the original on the validation split.
         skipped: steps whose loss or gradient was not finite.
         alarms: what was noticed on the way, in sentences.

@@ -38,7 +38,7 @@ class Outcome:
     """How a healing went.
 
     Attributes:
-        trained: weights of the best look.
+        trained: weights of the look that is to be published.
         tokens, steps, skipped: done, and left out because they were not finite.
     """
 
@@ -230,8 +230,8 @@ class _Run:
     def _look(self) -> None:
         losses = self.recovery.losses
         loss = sum(losses) / len(losses) if losses else None
-        point = gather(self.validation.look(self.done, self._tokens(), loss))[0]
-        if self.recovery.add(point):
+        look = gather(self.validation.look(self.done, self._tokens(), loss))[0]
+        if self.recovery.add(look):
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.healer.parameters.items()}
 
     def _save(self) -> None:
