@@ -6,16 +6,19 @@ BIN := .venv/bin
 OTHER_TRANSFORMERS := 5.16.1
 VLLM := 0.32.0
 
+# a process per core, each with whole files: what a file has built for its tests is built once
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-all check format portable vllm clean
 
 demo: .venv/installed
 	$(BIN)/layerboost demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
