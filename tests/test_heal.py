@@ -522,10 +522,10 @@ def test_the_data_seed_keeps_the_sequences_and_the_seed_their_order(tiny, hybrid
             return real(self, batch, *rest)
 
         monkeypatch.setattr(Healer, "backward", spy)
-        heal.run(hybrid, tiny, settings_with(seed=seed, data_seed=9, tokens=1_024), out=tmp_path / str(seed))
+        heal.run(hybrid, tiny, settings_with(seed=seed, data_seed=9, tokens=4_096), out=tmp_path / str(seed))
     assert seen[0] != seen[1]
     assert sorted(seen[0]) == sorted(seen[1])
-    assert len(seen[0]) == 16
+    assert len(seen[0]) == 64
 
 
 def test_bf16_models_are_stored_as_they_were(tmp_path):

@@ -171,6 +171,27 @@ def test_weights_are_shares_of_the_rows(letters):
     assert "bb" in " ".join(text_of(rows[:40])) or "bb" in " ".join(text_of(rows[80:]))  # the sources are mixed
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), st.integers(0, 9))
+def test_rows_of_every_source_are_spread_evenly(counts, seed):
+    order = samples.evenly(counts, seed)
+    assert sorted(order) == list(range(sum(counts)))
+    ends = np.cumsum(counts)
+    source = np.searchsorted(ends, order, side="right")
+    for start, end in itertools.combinations(range(len(order) + 1), 2):
+        found = np.bincount(source[start:end], minlength=len(counts))
+        fair = (end - start) * np.array(counts) / len(order)
+        # of each source, up to two more or fewer than its share lie between two places; and of all of them, their sum
+        assert (abs(found - fair) <= 2 + 2 * len(counts) * np.array(counts) / len(order) + 1e-9).all()
+
+
+def test_rows_of_one_source_are_in_random_order():
+    orders = [samples.evenly([200], seed) for seed in range(20)]
+    for order in orders:
+        assert abs(np.corrcoef(order, np.arange(200))[0, 1]) < 0.25
+    assert len({tuple(order) for order in orders}) == 20
+
+
 def test_rows_are_decided_by_the_seed(letters):
     sources = [{"kind": "text"}, {"kind": "text", "path": letters[0]}]
     one, two, other = (training_rows(sources, seed=seed) for seed in (1, 1, 2))

@@ -139,7 +139,7 @@ def training_rows(
     cache: Path | None = None,
     teacher: str = "",
 ) -> Sequences:
-    """Exactly `rows` sequences of `length` tokens in random order, mixed from sources by their weights.
+    """Exactly `rows` sequences of `length` tokens, mixed from sources by their weights: evenly, else in random order.
 
     Text is of the train split alone. What holds less than is asked for is repeated, in another order each time.
 
@@ -176,13 +176,21 @@ def training_rows(
             raise UsageError("a source of kind generated needs a teacher that writes, and here is none")
         return generated_rows(own, tokenizer, wanted, generate, cache, teacher)
 
-    parts = []
-    for source, count in zip(sources, _counts(sources, rows), strict=True):
+    parts, counts = [], _counts(sources, rows)
+    for source, count in zip(sources, counts, strict=True):
         if count:
             parts.append(draw(source, Wanted(count, length, pack, seed)))
             check_vocabulary(parts[-1].tokens, vocabulary)
     together = Sequences.concatenate(parts)
-    return together[torch.from_numpy(np.random.default_rng(seed).permutation(rows))]
+    return together[torch.from_numpy(evenly(counts, seed))]
+
+
+def evenly(counts: Sequence[int], seed: int) -> np.ndarray:
+    """An order of all rows, those of each source in random order and evenly spread: a model that trains at a high rate
+    is what its last few batches were, and by chance those are half or twice as many probes as there should be."""
+    rng = np.random.default_rng(seed)
+    places = [(rng.permutation(count) + rng.random(count)) / count for count in counts if count]
+    return np.argsort(np.concatenate(places), kind="stable")
 
 
 def _counts(sources: Sequence[Source], rows: int) -> list[int]:

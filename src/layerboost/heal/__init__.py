@@ -41,6 +41,7 @@ from layerboost.passes import gather, ranks
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
 
+_BLOCK = 8  # rows that stay together in another order, so that sources stay evenly mixed
 _FROM_SIGNALS = {"forward_kl", "cross_entropy"}
 # places, what has a digest of its own, and what a healing that was stopped may go on with otherwise
 _NO_SETTINGS = {
@@ -135,11 +136,12 @@ class Config(DataConfig):
 
 def inputs(hybrid: Path, teacher: Path, config: Config) -> dict[str, str]:
     """Digests of all that decides what comes out."""
-    found = {
-        "hybrid": digest(hybrid),
-        "model": digest(teacher),
-        **data_inputs(teacher, config),
-    }
+    return {"hybrid": digest(hybrid), "model": digest(teacher), **data_and_settings(teacher, config)}
+
+
+def data_and_settings(teacher: Path, config: Config) -> dict[str, str]:
+    """Digests of all but the weights that decides what comes out."""
+    found = data_inputs(teacher, config)
     settings = config.model_dump(mode="json", exclude=_NO_SETTINGS)
     kept = {"signals": config.signals is not None, "served": config.signals_from is not None}
     found["settings"] = text_digest(settings | kept)
@@ -287,7 +289,9 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
     rows = draw() if rows is None else rows
     order = torch.arange(count)
     if config.data_seed is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+        blocks = order.split(_BLOCK)
+        shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
+        order = torch.cat([blocks[i] for i in shuffled])
     kept = None
     if config.signals is not None:
         if config.top_k > vocabulary:
