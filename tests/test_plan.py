@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from layerboost import pilot, plan, predict
+from layerboost import heal, pilot, plan, predict
 from layerboost.artifacts import Candidate, Damage, KVShape, ModelRecord, Plan, Sensitivity, load, save
 from layerboost.cost.device import find_device
 from layerboost.data import samples
@@ -538,6 +538,19 @@ def test_inputs_are_those_of_the_settings_as_they_were_given(tiny, tmp_path):
     assert plan.inputs(sensitivity([(1, 0.2, 0.2)] * 4, model=found.model), config, tiny) != made[0]
 
 
+class Stub:
+    """A pilot that only says what it is told to."""
+
+    def __init__(self, losses, digest="stub"):
+        self.losses, self._digest = losses, digest
+
+    def __call__(self, model, plans, config):
+        return self.losses(plans)
+
+    def digest(self, model, config):
+        return self._digest
+
+
 class TestPilots:
     FOUND = ((1, 0.2, 0.1), (2, 0.5, 0.2), (0.1, 0, 0), (1, 0.3, 0.1))
 
@@ -549,12 +562,12 @@ class TestPilots:
     def test_the_winner_is_taken(self, tiny):
         seen = []
 
-        def heal(folder, plans, config):
+        def judged(plans):
             seen.append(plans)
             return [float(n != winner) for n in range(len(plans))]
 
         for winner in range(3):
-            made = self.run(tiny, heal)
+            made = self.run(tiny, Stub(judged))
             assert len(seen[-1]) == 3
             assert [p.label for p in made.layers] == [p.label for p in seen[-1][winner]]
             assert all(p.reason for p in made.layers)
@@ -572,19 +585,19 @@ class TestPilots:
     def test_the_best_measured_are_healed(self, tiny):
         seen = []
 
-        def heal(folder, plans, config):
+        def judged(plans):
             seen.extend(tuple(p.label for p in layers) for layers in plans)
             return [3.0, 2.0, 1.0]
 
         few = plan.Measuring(texts=2, answers=2, length=64)
-        made = self.run(tiny, heal, planner="greedy", measuring=few)
+        made = self.run(tiny, Stub(judged), planner="greedy", measuring=few)
         plain = self.run(tiny, None, planner="greedy", measuring=few, pilots=0)
         assert seen[0] == tuple(p.label for p in plain.layers)
         assert seen[2] == tuple(p.label for p in made.layers)
         assert made.measured["loss"] >= plain.measured["loss"]
 
     def test_without_anything_to_compare(self, tiny, capsys):
-        self.run(tiny, lambda *_: pytest.fail("there is nothing to heal"), planner="uniform")
+        self.run(tiny, Stub(lambda _: pytest.fail("there is nothing to heal")), planner="uniform")
         assert "nothing to compare" in capsys.readouterr().err
 
     def test_what_they_need(self, tiny):
@@ -605,11 +618,12 @@ def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, monkeypatch)
     monkeypatch.setattr("layerboost.evaluate.samples", lambda *_, **__: pytest.fail("the held-out split is for later"))
     config = plan.Config(pilots=2, pilot_tokens=512, weights=WEIGHTS)
     plans = [[FULL] * 4, [NONE] * 4]
-    losses = pilot.heal_briefly(tiny, plans, config)
+    heal_briefly = pilot.Pilots(heal.Config())
+    losses = heal_briefly(tiny, plans, config)
     assert splits == ["validation"] * 2
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[0] < losses[1]
-    assert pilot.heal_briefly(tiny, plans[1:], config) == losses[1:]
+    assert heal_briefly(tiny, plans[1:], config) == losses[1:]
 
 
 def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
@@ -623,9 +637,30 @@ def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
 
     monkeypatch.setattr(pilot.heal, "run", healed)
     weights = {"text_kl": 0.5, "text_nll": 0.25, "copy": 0.25, "needle": 0.5}
-    config = plan.Config(pilots=2, pilot_tokens=512, weights=weights, seed=3)
-    losses = pilot.heal_briefly(tiny, [[FULL] * 4, [NONE] * 4], config)
+    config = plan.Config(pilots=2, pilot_tokens=512, weights=weights)
+    losses = pilot.Pilots(heal.Config(seed=3))(tiny, [[FULL] * 4, [NONE] * 4], config)
     assert losses == pytest.approx([0.75 * 0.3 + 0.75 * 0.1, 0.75 * 0.2 + 0.75 * 0.9])
+
+
+def test_pilots_heal_as_the_plan_that_is_taken_will_be(tiny, tmp_path):
+    """But for the tokens, and for signals, which are of the whole healing's sequences."""
+    whole = heal.Config(
+        tokens=4_096, rank=5, seed=7, length=256, losses={"forward_kl": 2.0}, signals=tmp_path / "signals"
+    )
+    brief = pilot.Pilots(whole).settings(plan.Config(pilots=2, pilot_tokens=512))
+    assert brief == whole.model_copy(update={"tokens": 512, "signals": None})
+    assert pilot.Pilots(whole).settings(plan.Config(pilots=2, pilot_tokens=128)).length == 128
+    assert pilot.Pilots(whole).settings(plan.Config(pilots=2)).tokens == 4_096  # never longer than the healing itself
+
+
+def test_a_plan_is_made_again_when_its_pilots_would_heal_otherwise(tiny):
+    found, config = sensitivity(TestPilots.FOUND), plan.Config(pilots=2, pilot_tokens=512)
+    healings = [heal.Config(), heal.Config(rank=5), heal.Config(data_seed=1), heal.Config(losses={"hidden": 1.0})]
+    made = [plan.inputs(found, config, tiny, pilot.Pilots(healing)) for healing in healings]
+    assert all(a != b for a, b in itertools.combinations(made, 2))
+    assert plan.inputs(found, config, tiny, pilot.Pilots(heal.Config(tokens=2_048))) == made[0]
+    without = config.model_copy(update={"pilots": 0})
+    assert plan.inputs(found, without, tiny, pilot.Pilots(healings[1])) == plan.inputs(found, without, tiny)
 
 
 def test_a_plan_knows_whether_it_was_edited(tmp_path):

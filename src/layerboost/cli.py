@@ -185,7 +185,8 @@ def plan(
     """Choose a mixer for every layer."""
     _quiet()
     from layerboost import plan as plan_verb
-    from layerboost.pilot import heal_briefly
+    from layerboost.heal import Config as HealConfig
+    from layerboost.pilot import Pilots
     from layerboost.recipe import configured
 
     flags = {
@@ -195,7 +196,8 @@ def plan(
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}
     config = configured(plan_verb.Config, settings or [], given)
-    found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=heal_briefly)
+    healing = HealConfig(text=config.text, seed=config.seed, device=config.device)
+    found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=Pilots(healing))
     table = Table("layer", "mixer", "why")
     for index, layer in enumerate(found.layers):
         table.add_row(str(index), layer.label, layer.reason)

@@ -29,7 +29,7 @@ from layerboost.artifacts import (
 from layerboost.errors import UsageError
 from layerboost.estimate import estimate
 from layerboost.model.loading import describe, find_model, read_config
-from layerboost.pilot import heal_briefly
+from layerboost.pilot import Pilots
 from layerboost.progress import say
 from layerboost.provenance import command, provenance
 from layerboost.recipe import Recipe
@@ -75,8 +75,8 @@ def stages(model: str | Path, folder: Path, recipe: Recipe, out: Path) -> list[S
             lambda path: analyze.run(model, analyzing, out=path),
         ),
         Stage(
-            "plan", planned, lambda: plan.inputs(load(Sensitivity, sensitivity), planning, folder),
-            lambda path: plan.run(sensitivity, planning, model=model, out=path, pilot=heal_briefly),
+            "plan", planned, lambda: plan.inputs(load(Sensitivity, sensitivity), planning, folder, Pilots(healing)),
+            lambda path: plan.run(sensitivity, planning, model=model, out=path, pilot=Pilots(healing)),
         ),
         Stage(
             "convert", hybrid, lambda: convert.inputs(record, folder, load(Plan, planned)),

@@ -54,7 +54,7 @@ from layerboost.model.loading import (
     pick_device,
     read_config,
 )
-from layerboost.pilot import heal_briefly
+from layerboost.pilot import Pilots
 from layerboost.plan import Measuring
 from layerboost.progress import say
 from layerboost.provenance import provenance
@@ -289,11 +289,12 @@ class Bout:
             update={"layers": [[c for c in own if c.plan.label in kept] for own in self.sensitivity.layers]}
         )
         path = self.folder / "plans" / f"{name.replace(' ', '-').replace('+', '-')}.json"
-        wanted = plan.inputs(allowed, config, self.base)
+        pilots = Pilots(self.job.heal.model_copy(update={"seed": self.seed}))
+        wanted = plan.inputs(allowed, config, self.base, pilots)
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                plan.run(allowed, config, model=self.model, out=path, pilot=heal_briefly)
+                plan.run(allowed, config, model=self.model, out=path, pilot=pilots)
             except PlanError as trouble:
                 return f"no plan: {trouble}", 0.0
         found = load(Plan, path)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -138,11 +138,19 @@ class Config(DataConfig):
         return any(limit is not None for limit in limits)
 
 
-# heals plans of a model for so many tokens and returns the loss of each on the validation split
-Pilot = Callable[[Path, Sequence[list[LayerPlan]], Config], list[float]]
+class Pilot(Protocol):
+    """Heals plans of a model briefly."""
+
+    def __call__(self, model: Path, plans: Sequence[list[LayerPlan]], config: Config, /) -> list[float]:
+        """The loss of each on the validation split."""
+
+    def digest(self, model: Path, config: Config, /) -> str:
+        """Of all that decides how they are healed."""
 
 
-def inputs(sensitivity: Sensitivity, config: Config, model: Path | None = None) -> dict[str, str]:
+def inputs(
+    sensitivity: Sensitivity, config: Config, model: Path | None = None, pilot: Pilot | None = None
+) -> dict[str, str]:
     """Digests of all that decides what comes out."""
     found = {
         "sensitivity": text_digest(sensitivity.model_dump(mode="json", exclude={"provenance", "costs"})),
@@ -150,6 +158,8 @@ def inputs(sensitivity: Sensitivity, config: Config, model: Path | None = None) 
     }
     if model is not None:
         found |= {key: value for key, value in data_inputs(model, config).items() if key != "settings"}
+        if config.pilots and pilot is not None:
+            found["pilots"] = pilot.digest(model, config)
     return found
 
 
@@ -203,7 +213,7 @@ def run(
     found = PLANNERS[planner](sensitivity, budget, config, folder)
     if config.pilots:
         found = _piloted(found, budget, config, folder, pilot)
-    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder))
+    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder, pilot))
     if out is not None and ranks()[0] == 0:
         save(plan, out)
     return plan
