@@ -439,7 +439,7 @@ def test_losses_that_do_not_fit_are_refused(checkpoints, tiny, tmp_path):
 
 
 def test_the_student_gets_closer(tiny, hybrid, tmp_path):
-    config = settings_with(tokens=20_000, learning_rate=None, rank=16)
+    config = settings_with(tokens=40_000, learning_rate=None, rank=16)
     found = heal.run(hybrid, tiny, config, out=tmp_path / "healed")
     assert found.curve[0].step == 0
     assert found.curve[-1].step == found.steps
@@ -447,7 +447,7 @@ def test_the_student_gets_closer(tiny, hybrid, tmp_path):
     assert not (tmp_path / "healed-steps").exists()
     again = load_model(tmp_path / "healed")
     assert again.plan == LAYERS
-    assert again.config.layerboost["provenance"]["healing"]["tokens"] == found.tokens == 20_000 // 64 * 64
+    assert again.config.layerboost["provenance"]["healing"]["tokens"] == found.tokens == 40_000 // 64 * 64
     assert json.loads((tmp_path / "healed" / "healing.json").read_text())["steps"] == found.steps
     assert (tmp_path / "healed" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
