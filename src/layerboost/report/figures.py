@@ -100,7 +100,7 @@ def healing_figure(healing: Healing) -> str:
             axes.set_xlabel("tokens")
             if len(set(tokens)) > 1:
                 axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(places=0, sep=""))
         return _svg(figure, "Healing curve")
 
 
