@@ -272,9 +272,11 @@ def test_forwards_are_what_ran(tiny, monkeypatch, rows):
     scorer(first)  # the untouched model, a whole pass beside it, and the last layer once more
     assert scorer.forwards == pytest.approx(1 + 1 + 1 / 4)
     scorer(first)
-    assert scorer.forwards == pytest.approx(2.25 + 1 + 1)  # the untouched model is known, and its layers are not kept
+    assert scorer.forwards == pytest.approx(2.25)  # what is known is not measured again
+    scorer([[FULL, NONE, FULL, FULL], [FULL, FULL, NONE, FULL]])
+    assert scorer.forwards == pytest.approx(2.25 + 1 + 3 / 4)  # the untouched model is known, its layers are not kept
     scorer([[FULL] * 4])
-    assert scorer.forwards == pytest.approx(2.25 + 2 + 1)
+    assert scorer.forwards == pytest.approx(4 + 1)
     assert sum(counted) == pytest.approx(scorer.forwards * 4 * total)
 
 

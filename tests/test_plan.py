@@ -541,11 +541,11 @@ def test_inputs_are_those_of_the_settings_as_they_were_given(tiny, tmp_path):
 class Stub:
     """A pilot that only says what it is told to."""
 
-    def __init__(self, losses, digest="stub"):
-        self.losses, self._digest = losses, digest
+    def __init__(self, loss, digest="stub"):
+        self.loss, self._digest = loss, digest
 
-    def __call__(self, model, plans, config):
-        return self.losses(plans)
+    def __call__(self, model, layers, config):
+        return self.loss(layers)
 
     def digest(self, model, config):
         return self._digest
@@ -554,29 +554,50 @@ class Stub:
 class TestPilots:
     FOUND = ((1, 0.2, 0.1), (2, 0.5, 0.2), (0.1, 0, 0), (1, 0.3, 0.1))
 
-    def run(self, tiny, pilot, **settings):
+    def run(self, tiny, pilot, out=None, **settings):
         found = sensitivity(self.FOUND, model=describe("qwen3", tiny, read_config(tiny)))
         config = plan.Config(**{"planner": "milp", "pilots": 3, "kv_reduction": 0.4, "context": 128} | settings)
-        return plan.run(found, config, model=tiny, pilot=pilot)
+        return plan.run(found, config, model=tiny, pilot=pilot, out=out)
 
     def test_the_winner_is_taken(self, tiny):
-        seen = []
-
-        def judged(plans):
-            seen.append(plans)
-            return [float(n != winner) for n in range(len(plans))]
-
         for winner in range(3):
+            seen = []
+
+            def judged(layers, seen=seen, winner=winner):
+                seen.append(layers)
+                return float(len(seen) - 1 != winner)
+
             made = self.run(tiny, Stub(judged))
-            assert len(seen[-1]) == 3
-            assert [p.label for p in made.layers] == [p.label for p in seen[-1][winner]]
+            assert len(seen) == 3
+            assert [p.label for p in made.layers] == [p.label for p in seen[winner]]
             assert all(p.reason for p in made.layers)
             chosen = [point.layers for point in made.front if point.chosen]
             assert chosen == [[p.label for p in made.layers]]
-            assert all(self.share(p) <= 0.6 for p in seen[-1])
-            assert len({tuple(p.label for p in layers) for layers in seen[-1]}) == 3
+            assert all(self.share(p) <= 0.6 for p in seen)
+            assert len({tuple(p.label for p in layers) for layers in seen}) == 3
         plain = self.run(tiny, None, pilots=0)
-        assert [p.label for p in plain.layers] == [p.label for p in seen[0][0]]  # the planner's own comes first
+        assert [p.label for p in plain.layers] == [p.label for p in seen[0]]  # the planner's own comes first
+
+    def test_a_search_that_was_stopped_heals_only_what_was_not_healed(self, tiny, tmp_path, capsys):
+        out, whole, seen = tmp_path / "plan.json", [], []
+
+        def judged(layers):
+            whole.append(layers)
+            return [2.0, 1.0, 3.0][len(whole) - 1]
+
+        def interrupted(layers):
+            seen.append(layers)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return [2.0, 1.0][len(seen) - 1]
+
+        wanted = self.run(tiny, Stub(judged))
+        with pytest.raises(KeyboardInterrupt):
+            self.run(tiny, Stub(interrupted), out)
+        made = self.run(tiny, Stub(lambda layers: 3.0 if layers == whole[2] else pytest.fail("healed again")), out)
+        assert made.layers == wanted.layers
+        assert "measurements are there from before" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
     @staticmethod
     def share(layers):
@@ -585,9 +606,9 @@ class TestPilots:
     def test_the_best_measured_are_healed(self, tiny):
         seen = []
 
-        def judged(plans):
-            seen.extend(tuple(p.label for p in layers) for layers in plans)
-            return [3.0, 2.0, 1.0]
+        def judged(layers):
+            seen.append(tuple(p.label for p in layers))
+            return -float(len(seen))
 
         few = plan.Measuring(texts=2, answers=2, length=64)
         made = self.run(tiny, Stub(judged), planner="greedy", measuring=few)
@@ -619,11 +640,11 @@ def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, monkeypatch)
     config = plan.Config(pilots=2, pilot_tokens=512, weights=WEIGHTS)
     plans = [[FULL] * 4, [NONE] * 4]
     heal_briefly = pilot.Pilots(heal.Config())
-    losses = heal_briefly(tiny, plans, config)
+    losses = [heal_briefly(tiny, layers, config) for layers in plans]
     assert splits == ["validation"] * 2
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[0] < losses[1]
-    assert heal_briefly(tiny, plans[1:], config) == losses[1:]
+    assert heal_briefly(tiny, plans[1], config) == losses[1]
 
 
 def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
@@ -638,7 +659,8 @@ def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
     monkeypatch.setattr(pilot.heal, "run", healed)
     weights = {"text_kl": 0.5, "text_nll": 0.25, "copy": 0.25, "needle": 0.5}
     config = plan.Config(pilots=2, pilot_tokens=512, weights=weights)
-    losses = pilot.Pilots(heal.Config(seed=3))(tiny, [[FULL] * 4, [NONE] * 4], config)
+    heal_briefly = pilot.Pilots(heal.Config(seed=3))
+    losses = [heal_briefly(tiny, layers, config) for layers in ([FULL] * 4, [NONE] * 4)]
     assert losses == pytest.approx([0.75 * 0.3 + 0.75 * 0.1, 0.75 * 0.2 + 0.75 * 0.9])
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from layerboost import passes, tasks
 from layerboost.errors import DataError, EnvironmentTrouble, UsageError
+from layerboost.measured import Measured
 from layerboost.model.loading import load_original
 from layerboost.progress import unheard
 from layerboost.tasks import task_scores
@@ -108,13 +109,30 @@ def test_every_plan_scores_what_the_harness_finds_itself(model, stock, folder, c
     assert limited[0]["choose"].shape == (3,)
 
 
+def test_answers_that_are_known_are_not_computed_again(model, folder, tmp_path, monkeypatch):
+    names = ["choose", "write", "read"]
+    wanted, forwards = task_scores(model, tokenizer(), PLANS, names, folder=folder)
+    kept = Measured(tmp_path / "kept")
+    task_scores(model, tokenizer(), PLANS[:2], names, folder=folder, kept=kept)
+    again, fewer = task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=Measured(tmp_path / "kept"))
+    assert fewer < forwards
+    every = Measured(tmp_path / "kept")
+    task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=every)
+    monkeypatch.setattr(tasks, "finals", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("written again"))
+    third, _ = task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=every)
+    for scores in (again, third):
+        for one, other in zip(scores, wanted, strict=True):
+            assert {name: own.tolist() for name, own in one.items()} == {n: own.tolist() for n, own in other.items()}
+
+
 def test_likelihoods_are_the_harness_own(model, stock):
     rng = np.random.default_rng(1)
     shapes = [(1, 1), (5, 3), (40, 1), (9, 17), (250, 6), (250, 7), (300, 20), (2, 256)]
     pairs = [tuple(tuple(rng.integers(2, 258, n).tolist()) for n in shape) for shape in shapes]
     greedy = stock.model.generate(torch.tensor([pairs[1][0]]), max_new_tokens=3, do_sample=False)[0].tolist()
     pairs[1] = pairs[1][0], tuple(greedy[-3:])
-    found, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
+    found, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, Measured(), unheard)
     assert computed == tokens * (4 + 3 + 2)  # the second shares one layer with the first, the third two with others
     for number, (plan, answers) in enumerate(zip(PLANS, found, strict=True)):
         with model.mixed(dict(enumerate(plan))):
@@ -146,11 +164,11 @@ def test_texts_are_split_into_tokens_as_the_harness_does(model, stock, begins):
 
 def test_memory_is_bounded_without_changing_scores(model, monkeypatch):
     pairs = [((2, 3, 4), (5, n)) for n in range(6, 12)]
-    whole, _, _ = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
+    whole, _, _ = tasks._likelihoods(model, 256, pairs, PLANS, Measured(), unheard)
     monkeypatch.setattr(passes, "_STREAM_BYTES", 1)
     monkeypatch.setattr(tasks, "CHUNK_ELEMENTS", 258 * 5)
     monkeypatch.setattr(tasks, "batch_rows", lambda *_: 4)
-    parts, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, unheard)
+    parts, computed, tokens = tasks._likelihoods(model, 256, pairs, PLANS, Measured(), unheard)
     assert computed == 3 * 4 * tokens
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose([a[p][0] for p in pairs], [b[p][0] for p in pairs], atol=1e-5)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, out_of_memory
 from layerboost.layer_plan import LayerPlan, full_plan
+from layerboost.measured import Measured, tensor_digest
 from layerboost.model.config import family_of
 from layerboost.model.families import first_tensor
 from layerboost.model.hybrid import Hybrid, LogitsHead
@@ -30,6 +31,7 @@ from layerboost.progress import Advance, unheard
 from layerboost.scoring import batch_rows, log_probabilities, scored_hidden, scored_targets, token_scores
 
 PerSequence = dict[str, np.ndarray]
+Resident = Callable[[int], AbstractContextManager[Any]]  # what holds while a layer, by its number, is worked with
 _STREAM_BYTES = 2**30  # hidden states of one layer under all plans that are computed together
 
 
@@ -130,7 +132,7 @@ def finals(
     plans: Plans,
     *,
     mixers: dict[int, nn.Module] | None = None,
-    resident: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    resident: Resident = nullcontext,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields batch, plan and `[B, T, E]` final hidden states, normed; equal to whole passes under each plan.
 
@@ -168,12 +170,14 @@ class Scorer:
         data: sequences under the name of their kind.
         resident: for models whose layers come from disk: what holds while a layer is worked with. All batches then go
             through a layer together, under as many plans as a quarter of the memory holds.
+        kept: what is known is not measured again.
         forwards: passes of all data through the whole model so far, in this process; a node of the tree is 1/L of one.
     """
 
     model: Hybrid
     data: dict[str, Sequences]
-    resident: Callable[[int], AbstractContextManager[Any]] | None = None
+    resident: Resident | None = None
+    kept: Measured = field(default_factory=Measured)
     forwards: float = 0.0
     _teacher: dict[int, Tensor] = field(default_factory=dict)
 
@@ -182,6 +186,7 @@ class Scorer:
         length = max(sequences.tokens.shape[1] for sequences in self.data.values())
         self.rows = batch_rows(length, config.vocab_size, config.hidden_size, 1, self.model.device)
         self.batches = [(kind, batch) for kind, found in self.data.items() for batch in found.batches(self.rows)]
+        self.digests = [tensor_digest(batch.tokens, batch.scored) for _, batch in self.batches]
         self.head = LogitsHead(self.model)
         self.tokens = sum(batch.tokens.numel() for _, batch in self.batches)
 
@@ -202,23 +207,38 @@ class Scorer:
         return [found[i] for i in range(len(plans))]
 
     def steps(self, plans: int) -> int:
-        """How often `advance` will be called for so many plans."""
+        """How often `advance` will be called for so many plans of which nothing is known."""
         return plans * len(self.batches)
 
+    def known(self, plans: Plans) -> int:
+        """How many of these steps are done."""
+        return sum(self._key(n, plan) in self.kept for n in range(len(self.batches)) for plan in plans)
+
+    def _key(self, batch: int, plan: Sequence[LayerPlan]) -> str:
+        return self.kept.key(self.digests[batch], [layer.label for layer in plan])
+
     def _score(self, plans: Plans, advance: Advance) -> list[PerSequence]:
+        self._measure(plans, advance)
         parts: list[dict[str, list[np.ndarray]]] = [{} for _ in plans]
+        for n, (kind, _) in enumerate(self.batches):
+            for plan, found in zip(plans, parts, strict=True):
+                for metric, values in self.kept[self._key(n, plan)].items():
+                    found.setdefault(f"{kind}.{metric}", []).append(np.array(values))
+        return [{name: np.concatenate(p) for name, p in found.items()} for found in parts]
+
+    def _measure(self, plans: Plans, advance: Advance) -> None:
+        """What is not known of them."""
         every = list(range(len(self.batches)))
         # reading layers from disk again costs more than holding many hidden states
         groups, room = ([[n] for n in every], None) if self.resident is None else ([every], _memory() // 8)
         for group in groups:
             tokens = sum(self.batches[n][1].tokens.numel() for n in group)
-            for some in neighbours(plans, tokens * self.model.config.hidden_size, room):
-                for n, p, scores in self._group(group, [plans[i] for i in some]):
-                    kind, batch = self.batches[n]
-                    for metric, values in scores.per_sequence(batch.scored).items():
-                        parts[some[p]].setdefault(f"{kind}.{metric}", []).append(values)
+            unknown = [plan for plan in plans if any(self._key(n, plan) not in self.kept for n in group)]
+            for some in neighbours(unknown, tokens * self.model.config.hidden_size, room):
+                for n, p, scores in self._group(group, [unknown[i] for i in some]):
+                    found = scores.per_sequence(self.batches[n][1].scored)
+                    self.kept[self._key(n, unknown[some[p]])] = {name: own.tolist() for name, own in found.items()}
                     advance()
-        return [{name: np.concatenate(p) for name, p in found.items()} for found in parts]
 
     def _group(self, group: list[int], plans: Plans) -> Iterator[tuple[int, int, Any]]:
         unknown = [n for n in group if n not in self._teacher]

@@ -38,6 +38,7 @@ from layerboost.errors import (
     out_of_memory,
 )
 from layerboost.layer_plan import LayerPlan
+from layerboost.measured import Measured, tensor_digest
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.passes import Plans, count_layers, finals, neighbours
 from layerboost.progress import Advance, unheard
@@ -63,6 +64,7 @@ def task_scores(
     limit: int | None = None,
     folder: Path | None = None,
     advance: Advance = unheard,
+    kept: Measured | None = None,
 ) -> tuple[list[dict[str, np.ndarray]], float]:
     """What every plan scores on each document of harness tasks.
 
@@ -75,6 +77,7 @@ def task_scores(
         limit: documents of each task, its first; all of them by default.
         folder: where further task YAMLs are, which may name functions in Python files beside them.
         advance: hears of one step per plan.
+        kept: answers that are known are not computed again.
 
     Returns:
         Per plan, per name, `[D]` float64, higher is better, with the documents in the same order for every plan; and
@@ -86,13 +89,16 @@ def task_scores(
         EnvironmentTrouble: the harness is not installed.
     """
     asked = load_tasks(tasks, folder)
+    kept = kept or Measured()
     player = _player_class()(model, tokenizer)
     _play(player, asked, limit)
     pairs, prompts = list(player.likelihoods), list(player.texts)
-    likelihoods, computed, tokens = _likelihoods(model, player.length, pairs, plans, unheard if prompts else advance)
+    likelihoods, computed, tokens = _likelihoods(
+        model, player.length, pairs, plans, kept, unheard if prompts else advance
+    )
     scores, written = [], 0
     for plan, player.likelihoods in zip(plans, likelihoods, strict=True):
-        player.texts, count = _texts(model, tokenizer, player.length, prompts, plan)
+        player.texts, count = _texts(model, tokenizer, player.length, prompts, plan, kept)
         written += count
         scores.append(_play(player, asked, limit))
         if prompts:
@@ -350,7 +356,7 @@ def _per_document(task: Any, samples: list[dict[str, Any]]) -> np.ndarray:
 
 @torch.no_grad()
 def _likelihoods(
-    model: Hybrid, length: int, pairs: Sequence[Pair], plans: Plans, advance: Advance
+    model: Hybrid, length: int, pairs: Sequence[Pair], plans: Plans, kept: Measured, advance: Advance
 ) -> tuple[list[Likelihoods], int, int]:
     """Per plan, what the pairs get; and layers times tokens computed, and tokens.
 
@@ -368,8 +374,11 @@ def _likelihoods(
         start += len(some)
         inputs, targets, scored = (part.to(model.device) for part in _padded(some, length))
         tokens += inputs.numel()
-        for chosen in neighbours(plans, inputs.numel() * model.config.hidden_size):
-            part = [plans[i] for i in chosen]
+        batch = tensor_digest(inputs, targets, scored)
+        keys = [kept.key("task", batch, [layer.label for layer in plan]) for plan in plans]
+        unknown = [p for p, key in enumerate(keys) if key not in kept]
+        for chosen in neighbours([plans[p] for p in unknown], inputs.numel() * model.config.hidden_size):
+            part = [plans[unknown[i]] for i in chosen]
             computed += inputs.numel() * count_layers(part)
             for _, p, final in finals(model, [inputs], part):
                 values, hits = _scores(final[scored], head, targets[scored])
@@ -377,8 +386,9 @@ def _likelihoods(
                 total = torch.zeros(len(some), dtype=torch.float64, device=owner.device)
                 total.index_add_(0, owner, values.double())
                 missed = torch.bincount(owner[~hits], minlength=len(some))
-                answers = zip(total.tolist(), (missed == 0).tolist(), strict=True)
-                found[chosen[p]].update(zip(some, answers, strict=True))
+                kept[keys[unknown[chosen[p]]]] = [total.tolist(), (missed == 0).tolist()]
+        for own, key in zip(found, keys, strict=True):
+            own.update(zip(some, zip(*kept[key], strict=True), strict=True))
         steps = len(plans) * start // len(pairs) - stepped
         stepped += steps
         advance(steps)
@@ -424,7 +434,12 @@ class _Until(StoppingCriteria):
 
 @torch.no_grad()
 def _texts(
-    model: Hybrid, tokenizer: Any, length: int, prompts: Sequence[tuple[str, str]], plan: Sequence[LayerPlan]
+    model: Hybrid,
+    tokenizer: Any,
+    length: int,
+    prompts: Sequence[tuple[str, str]],
+    plan: Sequence[LayerPlan],
+    kept: Measured,
 ) -> tuple[Texts, int]:
     """What a plan writes greedily after each prompt, and the tokens it worked on."""
     found: Texts = {}
@@ -442,17 +457,23 @@ def _texts(
             ids = pad_sequence([torch.tensor(ids) for _, ids in some], batch_first=True, padding_side="left")
             there = [torch.ones(len(ids), dtype=torch.long) for _, ids in some]
             mask = pad_sequence(there, batch_first=True, padding_side="left")
-            with model.mixed(dict(enumerate(plan))):
-                written = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=new,
-                    do_sample=False,
-                    stopping_criteria=[_Until(tokenizer, stops, ids.shape[1])],
-                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                )
-            worked += written.numel()
-            texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            key = kept.key("written", tensor_digest(ids, mask), new, stops, [layer.label for layer in plan])
+            if key not in kept:
+                with model.mixed(dict(enumerate(plan))):
+                    whole = model.generate(
+                        input_ids=ids.to(model.device),
+                        attention_mask=mask.to(model.device),
+                        max_new_tokens=new,
+                        do_sample=False,
+                        stopping_criteria=[_Until(tokenizer, stops, ids.shape[1])],
+                        pad_token_id=tokenizer.eos_token_id
+                        if tokenizer.pad_token_id is None
+                        else tokenizer.pad_token_id,
+                    )
+                texts = tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
+                kept[key] = [whole.numel(), texts]
+            written, texts = kept[key]
+            worked += written
             for (prompt, _), text in zip(some, texts, strict=True):
                 for stop in stops:
                     text = text.split(stop)[0]

@@ -32,6 +32,7 @@ from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, UsageError
 from layerboost.knapsack import DEFAULT_KV_REDUCTION, options, solve
 from layerboost.layer_plan import KEEP, LayerPlan, full_plan
+from layerboost.measured import Measured, kept_beside
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import (
     describe,
@@ -42,7 +43,7 @@ from layerboost.model.loading import (
     read_config,
 )
 from layerboost.model.streaming import stream_original
-from layerboost.passes import Scorer, ranks
+from layerboost.passes import Resident, Scorer, ranks
 from layerboost.progress import progress, say
 from layerboost.provenance import provenance
 from layerboost.scoring import batch_rows, estimate
@@ -139,9 +140,19 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
         if config.stream
         else (load_original(folder, dtype=dtype, device=device), None)
     )
+    with kept_beside(out, record.digest, device, str(loaded.dtype)) as kept:
+        sensitivity = _measure(loaded, resident, record, folder, config, kept)
+        if out is not None and ranks()[0] == 0:
+            save(sensitivity, out)
+    return sensitivity
+
+
+def _measure(
+    model: Hybrid, resident: Resident | None, record: ModelRecord, folder: Path, config: Config, kept: Measured
+) -> Sensitivity:
     windows = default_windows(record.context) if config.windows is None else config.windows
     candidates = candidates_for(record, windows, config.mixers)
-    looking = Looking(loaded, load_tokenizer(folder), config, windows)
+    looking = Looking(model, load_tokenizer(folder), config, windows)
     plans = [full_plan(record.num_layers), *one_changed(candidates)]
     found: list[Metrics] = [{} for _ in plans]
     tokens, turn = 0, 0
@@ -150,18 +161,18 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
     while resolution is None or (config.until_resolved and resolution.stopped is None):
         started = time.monotonic()
         data = looking.data(turn)
-        scorer = Scorer(loaded, data, resident)
-        with progress("analyze", scorer.steps(len(plans))) as advance:
+        scorer = Scorer(model, data, resident, kept)
+        with progress("analyze", scorer.steps(len(plans)), scorer.known(plans)) as advance:
             _extend(found, _damages(scorer(plans, advance)))
         tokens += scorer.tokens
         _add_cost(costs, "measured", Cost(tokens=scorer.tokens, forwards=scorer.forwards, seconds=_since(started)))
         if turn == 0:
-            _extend(found, _once(loaded, looking, data[TEXT], candidates, plans, costs))
+            _extend(found, _once(model, looking, data[TEXT], candidates, plans, costs, kept))
         layers = _table(found[1:], candidates)
         draft = Sensitivity(model=record, layers=layers)
         resolution = _resolve(draft, config, looking.context, room=tokens + scorer.tokens <= config.max_tokens)
         turn += 1
-    sensitivity = Sensitivity(
+    return Sensitivity(
         model=record, layers=layers, baseline={metric: _summary(v) for metric, v in found[0].items()}, costs=costs,
         resolution=resolution, inputs=inputs(record, folder, config),
         provenance=provenance(
@@ -170,9 +181,6 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
             seconds=round(sum(c.seconds for c in costs.values()), 1),
         ),
     )  # fmt: skip
-    if out is not None and ranks()[0] == 0:
-        save(sensitivity, out)
-    return sensitivity
 
 
 def default_windows(context: int) -> list[int]:
@@ -239,7 +247,7 @@ def _since(started: float) -> float:
 
 def _once(
     model: Hybrid, looking: "Looking", text: Sequences, candidates: list[list[LayerPlan]], plans: list[list[LayerPlan]],
-    costs: dict[str, Cost],
+    costs: dict[str, Cost], kept: Measured,
 ) -> list[Metrics]:  # fmt: skip
     """Cheap estimates and benchmark tasks, which more data would not make better."""
     config = looking.config
@@ -258,7 +266,7 @@ def _once(
         with progress("tasks", len(plans)) as advance:
             scores, forwards = task_scores(
                 model, looking.tokenizer, plans, config.tasks, limit=config.task_limit, folder=config.task_folder,
-                advance=advance,
+                advance=advance, kept=kept,
             )  # fmt: skip
         documents = sum(len(values) for values in scores[0].values())
         costs["tasks"] = Cost(tokens=documents, forwards=forwards, seconds=_since(started))

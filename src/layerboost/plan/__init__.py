@@ -7,7 +7,7 @@ A planner is a function of sensitivity, cost and budget (`milp`, `tiers`, `patte
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -24,6 +24,7 @@ from layerboost.data.sequences import Sequences
 from layerboost.errors import PlanError
 from layerboost.knapsack import DEFAULT_KV_REDUCTION, options
 from layerboost.layer_plan import KEEP, LayerPlan, short
+from layerboost.measured import Measured, kept_beside
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import describe, find_model, load_original, load_tokenizer, pick_device, read_config
 from layerboost.passes import Scorer, ranks
@@ -139,10 +140,10 @@ class Config(DataConfig):
 
 
 class Pilot(Protocol):
-    """Heals plans of a model briefly."""
+    """Heals a plan of a model briefly."""
 
-    def __call__(self, model: Path, plans: Sequence[list[LayerPlan]], config: Config, /) -> list[float]:
-        """The loss of each on the validation split."""
+    def __call__(self, model: Path, layers: list[LayerPlan], config: Config, /) -> float:
+        """The loss on the validation split."""
 
     def digest(self, model: Path, config: Config, /) -> str:
         """Of all that decides how they are healed."""
@@ -210,12 +211,13 @@ def run(
     elif planner in ("greedy", "gates") or config.pilots:
         raise PlanError(f"{'pilots' if config.pilots else planner} measures whole plans; name the model with --model")
     budget = Budget(sensitivity.model, config, model_config)
-    found = PLANNERS[planner](sensitivity, budget, config, folder)
-    if config.pilots:
-        found = _piloted(found, budget, config, folder, pilot)
-    plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder, pilot))
-    if out is not None and ranks()[0] == 0:
-        save(plan, out)
+    with kept_beside(out, sensitivity.model.digest, pick_device(config.device)) as kept:
+        found = PLANNERS[planner](sensitivity, budget, config, folder, kept)
+        if config.pilots:
+            found = _piloted(found, budget, config, folder, pilot, kept)
+        plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder, pilot))
+        if out is not None and ranks()[0] == 0:
+            save(plan, out)
     return plan
 
 
@@ -242,29 +244,29 @@ def _settled(config: Config, planner: PLANNER) -> Config:
     return config.model_copy(update=settled)
 
 
-def _milp(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+def _milp(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
     layers, front = plan_milp(sensitivity, budget, config.weights)
     return Found(layers, front)
 
 
-def _tiers(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+def _tiers(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
     return Found(plan_tiers(sensitivity, config.tiers, budget, config.weights))
 
 
-def _uniform(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+def _uniform(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
     return Found(plan_uniform(sensitivity, budget, config.mixer))
 
 
-def _periodic(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+def _periodic(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
     return Found(plan_periodic(sensitivity, budget, config.mixer))
 
 
-def _random(sensitivity: Sensitivity, budget: Budget, config: Config, _: Path | None) -> Found:
+def _random(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
     like, _front = plan_milp(sensitivity, budget, config.weights)
     return Found(plan_random(sensitivity, budget, like, config.seed))
 
 
-def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
+def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None, kept: Measured) -> Found:
     unknown = [metric for metric in config.weights if metric not in _MEASURED]
     if unknown:
         raise PlanError(
@@ -274,7 +276,7 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
     model = _model(config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
     single = [[candidate_loss(c, config.weights) for c in own] for own in sensitivity.layers]
-    scorer = Scorer(model, _data(model, sensitivity, config, folder))
+    scorer = Scorer(model, _data(model, sensitivity, config, folder), kept=kept)
     naive = 1 + sum(map(len, candidates))
     limit = config.measuring.naive_passes * naive
     finalists = min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
@@ -288,7 +290,7 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
         met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
         if finalists and len(met) > 1:
             data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
-            layers = _final(search, met[:finalists], Scorer(model, data))
+            layers = _final(search, met[:finalists], Scorer(model, data, kept=kept))
         advance(max(0, math.ceil(limit) - search.told))
     say(
         f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is "
@@ -320,7 +322,7 @@ def _additive_start(
     return [tuple(layers)], front
 
 
-def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None) -> Found:
+def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None, _: Measured) -> Found:
     if budget.kv_limit is None:
         raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
     started = time.monotonic()
@@ -345,7 +347,7 @@ def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pat
     return Found(layers, front, cost=Cost(tokens=tokens, forwards=forwards, seconds=time.monotonic() - started))
 
 
-PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None], Found]] = {
+PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None, Measured], Found]] = {
     "greedy": _greedy, "milp": _milp, "gates": _gates, "tiers": _tiers, "uniform": _uniform, "periodic": _periodic,
     "random": _random,
 }  # fmt: skip
@@ -372,7 +374,9 @@ def _data(
     )  # fmt: skip
 
 
-def _piloted(found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None) -> Found:
+def _piloted(
+    found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None, kept: Measured
+) -> Found:
     """The plan that does best after a brief healing, among the best few at the budget."""
     if pilot is None or folder is None:
         raise PlanError("pilots are healed by the command line and by runs; leave them out here")
@@ -384,7 +388,12 @@ def _piloted(found: Found, budget: Budget, config: Config, folder: Path | None, 
     if len(ranked) < 2:
         say("pilots: only one plan at the budget is known, so there is nothing to compare")
         return found
-    losses = pilot(folder, [best[labels] for labels in ranked], config)
+    keys = [kept.key("pilot", pilot.digest(folder, config), config.weights, labels) for labels in ranked]
+    for number, (key, labels) in enumerate(zip(keys, ranked, strict=True), 1):
+        if key not in kept:
+            say(f"pilot {number} of {len(ranked)}")
+            kept[key] = pilot(folder, best[labels], config)
+    losses = [kept[key] for key in keys]
     for labels, loss in zip(ranked, losses, strict=True):
         say(f"pilot: {' '.join(short(label) for label in labels)} ends at {loss:.4f}")
     return dataclasses.replace(found, layers=best[ranked[losses.index(min(losses))]])
