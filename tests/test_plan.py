@@ -356,6 +356,7 @@ def test_tiers_by_count_and_by_threshold():
         ({"keep_above": 0.1, "remove_below": 0.5}, "the first not below the second"),
         ({"keep_above": 0.1}, "are needed both"),
         ({"full": 1, "score": "perplexity"}, "perplexity was not measured; measured are text_kl, recall_kl"),
+        ({"window": 7}, "tiers.window 7 was not measured.* measured: 4, 16"),
     ],
 )
 def test_wrong_tiers(tiers, message):
@@ -616,6 +617,38 @@ class TestPilots:
         assert seen[0] == tuple(p.label for p in plain.layers)
         assert seen[2] == tuple(p.label for p in made.layers)
         assert made.measured["loss"] >= plain.measured["loss"]
+
+    def test_plans_that_more_is_known_of_come_first(self, tiny, monkeypatch):
+        """However the others seem on the search's own data alone."""
+        finalists, seen = [], []
+
+        def worse(search, some, scorer):
+            finalists.extend(some)
+            for number, layers in enumerate(some):
+                search.known[layers] += 10 - number
+            return some[-1]
+
+        monkeypatch.setattr(plan, "_final", worse)
+        few = plan.Measuring(texts=2, answers=2, length=64)
+        self.run(tiny, Stub(lambda layers: float(len(seen.append(layers) or seen))), planner="greedy", measuring=few)
+        assert len(finalists) > 3
+        assert [tuple(layers) for layers in seen] == finalists[:-4:-1]
+
+    @pytest.mark.parametrize("planner", ["greedy", "milp"])
+    def test_a_limit_on_the_loss_holds_for_them(self, tiny, capsys, planner):
+        """Alone it asks for the smallest cache, against which a plan that keeps more would always win."""
+        common = {"planner": planner, "measuring": plan.Measuring(texts=2, answers=2, length=64), "kv_reduction": None}
+        alone = self.run(tiny, Stub(lambda _: pytest.fail("healed")), max_loss=0.1, **common)
+        assert alone.layers == self.run(tiny, None, max_loss=0.1, pilots=0, **common).layers
+        assert "pilots: max_loss asks for the smallest cache" in capsys.readouterr().err
+        both = common | {"kv_reduction": 0.2}
+        loose, tight, seen = self.run(tiny, None, max_loss=9.0, pilots=0, **both), [], []
+        least = loose.measured.get("loss", loose.predicted["loss"])
+        for limit, healed in ((9.0, seen), (least + 1e-5, tight)):
+            self.run(tiny, Stub(lambda layers, healed=healed: -float(len(healed.append(layers) or healed))),
+                     max_loss=limit, **both)  # fmt: skip
+        assert len(seen) == 3
+        assert not tight  # nothing else is within it
 
     def test_without_anything_to_compare(self, tiny, capsys):
         self.run(tiny, Stub(lambda _: pytest.fail("there is nothing to heal")), planner="uniform")

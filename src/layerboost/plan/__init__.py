@@ -170,7 +170,7 @@ class Found:
 
     Attributes:
         layers: the plan.
-        others: further good plans, along the front or at the budget.
+        others: further good plans, along the front or at the budget, the best at the budget first.
         losses: measured losses of whole plans, by their labels.
         cost: of measuring.
     """
@@ -214,7 +214,7 @@ def run(
     with kept_beside(out, sensitivity.model.digest, pick_device(config.device)) as kept:
         found = PLANNERS[planner](sensitivity, budget, config, folder, kept)
         if config.pilots:
-            found = _piloted(found, budget, config, folder, pilot, kept)
+            found = _piloted(sensitivity, found, budget, config, folder, pilot, kept)
         plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder, pilot))
         if out is not None and ranks()[0] == 0:
             save(plan, out)
@@ -291,6 +291,8 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
         if finalists and len(met) > 1:
             data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
             layers = _final(search, met[:finalists], Scorer(model, data, kept=kept))
+            # more is known of these than of the others, whose losses may be luck
+            met[:finalists] = sorted(met[:finalists], key=lambda plan: search.known[plan])
         advance(max(0, math.ceil(limit) - search.told))
     say(
         f"greedy: {len(search.known)} plans measured in {search.spent:.0f} forwards, which is "
@@ -375,16 +377,22 @@ def _data(
 
 
 def _piloted(
-    found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None, kept: Measured
-) -> Found:
+    sensitivity: Sensitivity, found: Found, budget: Budget, config: Config, folder: Path | None, pilot: Pilot | None,
+    kept: Measured,
+) -> Found:  # fmt: skip
     """The plan that does best after a brief healing, among the best few at the budget."""
     if pilot is None or folder is None:
         raise PlanError("pilots are healed by the command line and by runs; leave them out here")
+    if config.max_loss is not None and budget.kv_limit is None and budget.throughput is None:
+        say("pilots: max_loss asks for the smallest cache, not for the best plan of a size, so none are healed")
+        return found
     best: dict[tuple[str, ...], list[LayerPlan]] = {}
     for layers in [found.layers, *found.others]:
-        if budget.met(layers):
-            best.setdefault(tuple(layer.label for layer in layers), layers)
-    ranked = sorted(best, key=lambda labels: found.losses.get(labels, float("inf")))[: config.pilots]
+        labels = tuple(layer.label for layer in layers)
+        loss = found.losses.get(labels, predicted_loss(sensitivity, layers, config.weights))
+        if budget.met(layers) and (config.max_loss is None or (loss is not None and loss <= config.max_loss)):
+            best.setdefault(labels, layers)
+    ranked = list(best)[: config.pilots]
     if len(ranked) < 2:
         say("pilots: only one plan at the budget is known, so there is nothing to compare")
         return found

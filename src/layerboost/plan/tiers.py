@@ -60,7 +60,13 @@ def _best_cut(
     sensitivity: Sensitivity, config: "Tiers", scores: list[float], budget: "Budget", weights: dict[str, float]
 ) -> list[LayerPlan]:
     count, order = len(scores), _ranked(scores)
-    windows: list[int | None] = [config.window] if config.window else [*measured_windows(sensitivity)]
+    known = measured_windows(sensitivity)
+    if config.window and config.window not in known:
+        raise PlanError(
+            f"tiers.window {config.window} was not measured, so its loss at this budget is not known; measured: "
+            f"{', '.join(map(str, known)) or 'none'}. Take one of them, or analyze with windows=[{config.window}]"
+        )
+    windows: list[int | None] = [config.window] if config.window else [*known]
     cuts: list[tuple[float, int, int, int]] = []
     for n, window in enumerate(windows or [None]):
         names: list[MixerName] = ["no_attention", "sliding_attention" if window else "no_attention"]
