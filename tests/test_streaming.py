@@ -102,9 +102,10 @@ def test_one_layer_at_a_time_and_each_once(tiny, monkeypatch):
         layer.mlp.register_forward_pre_hook(lambda *_: seen.append(tuple(real_layers(model))))
     scorer = passes.Scorer(model, some_data(), resident=resident)
     in_layers = sorted(key for key in load_file(tiny / "model.safetensors") if ".layers." in key)
-    for _ in range(2):  # the teacher is known from the first call on
+    others = [[NONE, *plan[1:]] for plan in all_plans()[:3:2]]
+    for plans in (all_plans(), [[FULL, window(4), FULL, NONE], *others]):  # the teacher is known from the first call on
         read.clear(), seen.clear()
-        scorer(all_plans())
+        scorer(plans)
         assert sorted(read) == in_layers
         assert set(seen) == {(0,), (1,), (2,), (3,)}
         assert seen == sorted(seen)
