@@ -63,6 +63,7 @@ GROUPS = {
     "length": {"64 x 16": {"length": 64, "batch": 16}, "128 x 8": {"length": 128, "batch": 8},
                "256 x 4": {"length": 256}, "512 x 2": {"length": 512, "batch": 2}},
     "sinks": {"without": {}, "with": {"sinks": True}},
+    "attention transfer": {f"{share}": {"transfer_share": share} for share in (0.0, 0.1, 0.2, 0.4)},
     "tokens": {name: {"tokens": name} for name in ("100k", "300k", "1M", "3M", "10M")},
 }  # fmt: skip
 COLUMNS = ("KL closed", "NLL closed", "text KL", "recall", "short of base")
