@@ -539,6 +539,36 @@ def test_inputs_are_those_of_the_settings_as_they_were_given(tiny, tmp_path):
     assert plan.inputs(sensitivity([(1, 0.2, 0.2)] * 4, model=found.model), config, tiny) != made[0]
 
 
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("kv_reduction", "60%", 0.6), ("kv_reduction", "57 %", 0.57), ("kv_reduction", "0.6", 0.6),
+        ("kv_reduction", 1, 1.0), ("throughput", "1.5x", 1.5), ("throughput", "2", 2.0), ("kv_bytes", "20kB", 20_000),
+        ("kv_bytes", "1.5 KiB", 1_536), ("kv_bytes", 20_000.5, 20_000.5), ("kv_memory", "8GiB", 2**33),
+        ("kv_memory", "60MB", 60_000_000), ("kv_memory", "1_000", 1_000), ("pilot_tokens", "20k", 20_000),
+    ],
+)  # fmt: skip
+def test_budgets_in_the_users_own_words(key, written, meant):
+    assert getattr(plan.Config(**{key: written}), key) == meant
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "message"),
+    [
+        ("kv_reduction", "most", "'most' is not a share; write 0.6 or 60%"),
+        ("kv_reduction", "60", "less than or equal to 1"), ("kv_reduction", "120%", "less than or equal to 1"),
+        ("kv_reduction", "-5%", "greater than or equal to 0"), ("kv_reduction", "nan", "is not a share"),
+        ("kv_reduction", "5x", "is not a share"), ("throughput", "50%", "is not a ratio; write 1.5 or 1.5x"),
+        ("throughput", "0x", "greater than 0"), ("kv_bytes", "2 tokens", "is not a number of bytes"),
+        ("kv_memory", "1.2.3GB", "write 20000, 20kB or 8GiB"), ("kv_memory", "", "is not a number of bytes"),
+        ("kv_memory", "9e999", "is not a number of bytes"),
+    ],
+)  # fmt: skip
+def test_wrong_budgets(key, written, message):
+    with pytest.raises(ValueError, match=message):
+        plan.Config(**{key: written})
+
+
 class Stub:
     """A pilot that only says what it is told to."""
 

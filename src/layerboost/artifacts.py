@@ -6,17 +6,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import filelock
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from layerboost import __version__
 from layerboost.errors import CheckpointError, EnvironmentTrouble, LayerBoostError, PlanError, UsageError
@@ -31,16 +32,32 @@ class Record(pydantic.BaseModel):
     )
 
 
-def token_count(value: Any) -> Any:
-    """`200k` and `10M` as people write them."""
-    if isinstance(value, str):
-        text = value.strip().replace("_", "").replace(",", "")
-        factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 1)
+def _with_unit(what: str, examples: str, units: dict[str, float], whole: bool = False) -> BeforeValidator:
+    """Numbers with a unit, as people write them; what is a number already stays."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found: Any = re.fullmatch(r"([-+]?[\d_,.]+(?:e[-+]?\d+)?) *([a-z%]*)", value.strip().lower())
         try:
-            return round(float(text[:-1] if factor > 1 else text) * factor)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{value!r} is not a number of tokens; write 200000, 200k or 10M") from None
-    return value
+            number = float(found[1].replace(",", "")) * units[found[2]]
+            return round(number) if whole else round(number, 12)
+        except (TypeError, KeyError, ValueError, OverflowError):  # no match, no such unit, no number, or no finite one
+            raise ValueError(f"{value!r} is not {what}; write {examples}") from None
+
+    return BeforeValidator(read)
+
+
+_THOUSANDS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
+_BYTES = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", 1) for unit, base in (("", 1e3), ("b", 1e3), ("ib", 1024))
+}  # fmt: skip
+Tokens = Annotated[int, _with_unit("a number of tokens", "200000, 200k or 10M", _THOUSANDS, whole=True), Field(ge=1)]
+Share = Annotated[float, _with_unit("a share", "0.6 or 60%", {"": 1, "%": 0.01}), Field(ge=0, le=1)]
+Times = Annotated[float, _with_unit("a ratio", "1.5 or 1.5x", {"": 1, "x": 1}), Field(gt=0)]
+Bytes = Annotated[float, _with_unit("a number of bytes", "20000, 20kB or 8GiB", _BYTES), Field(ge=0)]
+WholeBytes = Annotated[int, _with_unit("a number of bytes", "20000, 20kB or 8GiB", _BYTES, whole=True), Field(ge=1)]
 
 
 class Artifact(Record):

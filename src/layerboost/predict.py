@@ -11,7 +11,7 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from layerboost import cost
-from layerboost.artifacts import Bench, Load, Plan, Record, ServingCell, load, to_json, write_text
+from layerboost.artifacts import Bench, Load, Plan, Record, ServingCell, WholeBytes, load, to_json, write_text
 from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Work, work_of
 from layerboost.errors import UsageError
@@ -41,7 +41,7 @@ class Config(Record):
     prompt_tokens: int = Field(1_024, ge=1)
     output_tokens: int = Field(256, ge=1)
     rounds: int = Field(1, ge=1)
-    kv_memory: int | None = Field(None, ge=1)
+    kv_memory: WholeBytes | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     block_size: int | None = Field(None, ge=1)
     max_batched_tokens: int = Field(8_192, ge=1)

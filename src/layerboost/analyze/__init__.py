@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from layerboost.analyze.estimators import ESTIMATOR, ESTIMATORS, estimate_layers
 from layerboost.analyze.looking import Looking
@@ -22,9 +22,10 @@ from layerboost.artifacts import (
     ModelRecord,
     Resolution,
     Sensitivity,
+    Share,
+    Tokens,
     file_digest,
     save,
-    token_count,
 )
 from layerboost.damage import DEFAULT_WEIGHTS, damages, levels, ranking, resampled_losses
 from layerboost.data.samples import TEXT, DataConfig, data_inputs
@@ -96,8 +97,8 @@ class Config(DataConfig):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
     until_resolved: bool = False
-    kv_reduction: float | None = Field(None, ge=0, le=1)
-    max_tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
+    kv_reduction: Share | None = None
+    max_tokens: Tokens = 1_000_000
     stream: bool = False
 
 

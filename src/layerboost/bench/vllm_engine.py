@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from layerboost.artifacts import Load, Ratio, Record, Served, ServingCell
+from layerboost.artifacts import Load, Ratio, Record, Served, ServingCell, WholeBytes
 from layerboost.bench import vllm_worker
 from layerboost.errors import DataError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan, full_plan
@@ -54,7 +54,7 @@ class Serving(Record):
     prompt_tokens: int = Field(256, ge=1)
     output_tokens: int = Field(64, ge=1)
     rounds: int = Field(1, ge=1)
-    kv: list[Literal["ample", "limited"] | int] = Field(["ample", "limited"], min_length=1)
+    kv: list[Literal["ample", "limited"] | WholeBytes] = Field(["ample", "limited"], min_length=1)
     limited_share: float = Field(0.25, gt=0, le=1)
     decode_batch: int = Field(16, ge=1)
     decode_lengths: list[int] = Field(default_factory=list)

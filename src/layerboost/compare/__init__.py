@@ -28,6 +28,7 @@ from layerboost.artifacts import (
     Plan,
     Record,
     Sensitivity,
+    Share,
     Trial,
     load,
     lock,
@@ -115,7 +116,7 @@ class Job(Record):
 
     models: list[str] = Field(min_length=1)
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    kv_reduction: float = Field(0.6, ge=0, le=1)
+    kv_reduction: Share = 0.6
     length: int = Field(256, ge=64)
     selectors: list[str] = Field([name for name in SELECTORS if name != _PAPER])
     replacements: list[str] = Field(list(OPERATORS))

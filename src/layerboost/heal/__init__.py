@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from layerboost.artifacts import Healing, check_output_folder, lock, text_digest, to_json, token_count
+from layerboost.artifacts import Healing, Tokens, check_output_folder, lock, text_digest, to_json
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
 from layerboost.data.sources import Source, cache_folder, sources_digest
@@ -83,7 +83,7 @@ class Config(DataConfig):
         quantize: hold the frozen weights in 8 or 4 bits; teacher and student both see them so.
     """
 
-    tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 1_000_000
+    tokens: Tokens = 1_000_000
     length: int = Field(512, ge=64)
     batch: int = Field(4, ge=1)
     micro_batch: int | None = Field(None, ge=1)

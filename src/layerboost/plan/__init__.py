@@ -10,12 +10,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from layerboost.artifacts import Cost, FrontPoint, Plan, Record, Sensitivity, load, save, text_digest, token_count
+from layerboost.artifacts import (
+    Bytes,
+    Cost,
+    FrontPoint,
+    Plan,
+    Record,
+    Sensitivity,
+    Share,
+    Times,
+    Tokens,
+    WholeBytes,
+    load,
+    save,
+    text_digest,
+)
 from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
@@ -112,10 +126,10 @@ class Config(DataConfig):
     """
 
     planner: PLANNER | None = None
-    kv_reduction: float | None = Field(None, ge=0, le=1)
-    kv_bytes: float | None = Field(None, ge=0)
+    kv_reduction: Share | None = None
+    kv_bytes: Bytes | None = None
     full_layers: int | None = Field(None, ge=0)
-    throughput: float | None = Field(None, gt=0)
+    throughput: Times | None = None
     max_loss: float | None = Field(None, ge=0)
     context: int | None = Field(None, ge=2)
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -124,14 +138,14 @@ class Config(DataConfig):
     concurrency: int = Field(200, ge=1)
     prompt_tokens: int = Field(1_024, ge=1)
     output_tokens: int = Field(256, ge=1)
-    kv_memory: int | None = Field(None, ge=1)
+    kv_memory: WholeBytes | None = None
     at_least: AtLeast = AtLeast()
     weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
     tiers: Tiers = Tiers()
     mixer: LayerPlan | None = None
     measuring: Measuring = Measuring()
     pilots: int = Field(0, ge=0)
-    pilot_tokens: Annotated[int, BeforeValidator(token_count), Field(ge=1)] = 50_000
+    pilot_tokens: Tokens = 50_000
 
     @property
     def has_budget(self) -> bool:
