@@ -567,6 +567,7 @@ def _dry_run(model: str, recipe: Any, out: Path) -> None:
     from layerboost.estimate import estimate, measure_speed
     from layerboost.model.loading import find_config, is_local, pick_device
 
+    pipeline.check_place(out)
     config = find_config(model)
     found = estimate(config, recipe, measure_speed(pick_device(recipe.device), config.hidden_size))
     files = {

@@ -106,10 +106,7 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         LayerBoostError: as the verbs do.
         EnvironmentTrouble: another process writes the same run folder, or the disk lacks space.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a folder")
-    for name in ("hybrid", "healed"):
-        check_output_folder(out / name)
+    check_place(out)
     folder = find_model(model)
     check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
     evaluating = recipe.section(evaluate.Config, "evaluate")
@@ -129,6 +126,14 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         save(found, out / "result.json")
         report_verb.run(out)
     return found
+
+
+def check_place(out: Path) -> None:
+    """Raises UsageError where a run cannot be."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder")
+    for name in ("hybrid", "healed"):
+        check_output_folder(out / name)
 
 
 def still_to_do(model: str | Path, recipe: Recipe, *, out: Path) -> list[str]:
