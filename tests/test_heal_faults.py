@@ -22,6 +22,7 @@ from layerboost.errors import EnvironmentTrouble, TrainingError
 from layerboost.heal import checkpoint, training
 from layerboost.heal.checkpoint import save_step, steps
 from layerboost.heal.student import Healer
+from layerboost.model.loading import load_original
 from tests.test_heal import LAYERS, OWN, SETTINGS, settings_with
 from tests.tiny import FULL, NONE, make_checkpoint, window
 
@@ -443,3 +444,48 @@ def test_a_bf16_model_heals_sharded(tmp_path):
 def test_spreading_needs_several_processes(tiny, hybrid, tmp_path):
     with pytest.raises(heal.UsageError, match="this is one; start it with torchrun"):
         heal.run(hybrid, tiny, settings_with(shard=True), out=tmp_path / "out")
+
+
+def test_what_is_asked_for_in_the_last_look_is_heard(tiny, hybrid, tmp_path, monkeypatch):
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")
+    look, counted = training._Run._look, []
+
+    def last(run):
+        look(run)
+        counted.append(run.done)
+        if run.done == run.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training._Run, "_look", last)
+    with pytest.raises(KeyboardInterrupt):
+        heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    seen = len(counted)
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "out")
+    assert len(counted) == seen  # nothing was left to do but to publish
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_folder_of_states_that_holds_something_else_stays(tiny, hybrid, tmp_path, save_always):
+    notes = tmp_path / "out-steps" / "mine" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "out")
+    assert notes.read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out-steps").iterdir()] == ["mine"]
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "other")
+    assert not (tmp_path / "other-steps").exists()
+
+
+def test_what_the_teacher_writes_is_its_own(tiny, tmp_path):
+    """Whatever the checkpoint's generation_config.json asks for."""
+    written = []
+    for name, more in (("plain", {}), ("other", {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1})):
+        folder = shutil.copytree(tiny, tmp_path / name)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0} | more))
+        healer = Healer(load_original(folder), LAYERS, heal.Config())
+        assert healer.model.generation_config.repetition_penalty == more.get("repetition_penalty")
+        written.append(heal._write(healer, torch.arange(2, 10).reshape(2, 4), 40, seed=0))
+        assert healer.model.generation_config.repetition_penalty == more.get("repetition_penalty")
+    assert torch.equal(*written)
+    assert any(len(set(row.tolist())) < len(row) for row in written[0])

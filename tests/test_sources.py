@@ -506,3 +506,21 @@ def test_the_digest_knows_contents_and_settings(tmp_path):
     assert len(digests) == 3 + len(changes) + 1
     with pytest.raises(DataError, match="does not exist"):
         sources_digest([Source(kind="text", path=str(tmp_path / "nowhere"))])
+
+
+def test_a_part_of_the_text_brings_nothing_of_its_other_splits(tmp_path):
+    """Splits go by names, and a folder inside names its documents otherwise."""
+    for part in ("code", "prose"):
+        (tmp_path / part).mkdir()
+        for n in range(40):
+            (tmp_path / part / f"{n}.txt").write_text(f"{part} {n} " + " ".join(f"{part}{n}w{k}" for k in range(40)))
+    corpus = open_corpus(tmp_path)
+    inner = open_corpus(tmp_path / "code")
+    others = {d.text for d in corpus.documents if corpus.splits[d.name] != "train"}
+    assert others & {d.text for d in inner.split("train")}  # or there would be nothing to see
+    sources = [{"kind": "text", "path": str(tmp_path / part)} for part in ("code", "prose")]
+    rows = training_rows(sources, corpus=corpus, rows=300, length=256)
+    written = " ".join(tokenizer().batch_decode(rows.tokens))
+    seen = {d.name for d in corpus.documents if " ".join(d.text.split()[:3]) + " " in written}
+    assert len(seen) > 40
+    assert all(corpus.splits[name] == "train" for name in seen)

@@ -1,6 +1,7 @@
 """What analysis, healing and evaluation look at: text and recall probes of one split, for one tokenizer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +170,7 @@ def training_rows(
                 return chat_rows(source, tokenizer, wanted)
             case "hub":
                 return hub_rows(source, tokenizer, wanted, cache or cache_folder())
-        own = open_corpus(Path(source.path)) if source.path else corpus
+        own = _without_other_splits(open_corpus(Path(source.path)), corpus) if source.path else corpus
         if source.kind == "text":
             return text_rows(own.split("train"), f"text {own.name}: its train split", tokenizer, wanted)
         if generate is None:
@@ -183,6 +184,13 @@ def training_rows(
             check_vocabulary(parts[-1].tokens, vocabulary)
     together = Sequences.concatenate(parts)
     return together[torch.from_numpy(evenly(counts, seed))]
+
+
+def _without_other_splits(own: Corpus, corpus: Corpus) -> Corpus:
+    """A source's text without what validation and evaluation are made of: a folder in the recipe's text names its
+    documents otherwise, and splits go by names."""
+    others = {document.text for document in corpus.documents if corpus.splits[document.name] != "train"}
+    return replace(own, documents=tuple(document for document in own.documents if document.text not in others))
 
 
 def evenly(counts: Sequence[int], seed: int) -> np.ndarray:

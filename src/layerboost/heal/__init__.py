@@ -1,7 +1,6 @@
 """heal: distil the original model into the hybrid, in the memory of one model."""
 
 import contextlib
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
 from layerboost.data.sources import Source, cache_folder, sources_digest
 from layerboost.errors import CheckpointError, DataError, UsageError
+from layerboost.heal.checkpoint import clear_steps
 from layerboost.heal.losses import LossName
 from layerboost.heal.sharding import quantize, shard
 from layerboost.heal.signals import rows_digest, signals
@@ -209,7 +209,7 @@ def run(
             origin = base_provenance(describe(teacher, folder, base_config))
             origin |= {"healing": {"tokens": healing.tokens, "settings": made_from["settings"]}}
             _publish(healer, outcome, healing, folder, origin, out)
-            shutil.rmtree(steps_folder, ignore_errors=True)
+            clear_steps(steps_folder)
         gather(None)  # nobody leaves before the result is there
     return healing
 
@@ -318,9 +318,14 @@ def _write(healer: Healer, prompts: Tensor, new_tokens: int, seed: int) -> Tenso
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
         pad_token_id=0,
     )  # fmt: skip
-    with healer.teacher():
-        return healer.model.generate(
-            input_ids=prompts.to(healer.model.device),
-            attention_mask=torch.ones_like(prompts).to(healer.model.device),
-            generation_config=sampling,  # and not the checkpoint's, which may forbid repetition
-        ).cpu()
+    own, healer.model.generation_config = healer.model.generation_config, GenerationConfig()
+    try:
+        # the checkpoint's, which may forbid repetition, would fill what `sampling` leaves open
+        with healer.teacher():
+            return healer.model.generate(
+                input_ids=prompts.to(healer.model.device),
+                attention_mask=torch.ones_like(prompts).to(healer.model.device),
+                generation_config=sampling,
+            ).cpu()
+    finally:
+        healer.model.generation_config = own

@@ -1,5 +1,6 @@
 """What a killed healing goes on from: what is trained, optimiser, random state and curve after a step, to the bit."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -62,6 +63,16 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
     """Published steps, oldest first."""
     found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in found)
+
+
+def clear_steps(folder: Path) -> None:
+    """Remove all states, finished or not, and the folder, unless there is anything else in it."""
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        if _NAME.match(path.name.removeprefix(".")):
+            shutil.rmtree(path, ignore_errors=True)
+    (folder / ".lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def newest(folder: Path, inputs: dict[str, str]) -> Path | None:

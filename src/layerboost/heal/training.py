@@ -124,6 +124,9 @@ class _Run:
                     saved, cost = time.monotonic(), time.monotonic() - started
                 if stop:
                     raise KeyboardInterrupt
+            if any(gather(asked())):  # in the last step, or its look
+                self._save()
+                raise KeyboardInterrupt
         if self.done < self.steps:
             say(f"stopped after {self._tokens():,} tokens: the last {self.config.patience} looks brought nothing")
         self._tell_best()
