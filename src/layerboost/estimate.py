@@ -76,7 +76,8 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
         parameters=parameters,
         seconds={verb: flops / flops_per_second for verb, flops in work.items()} if flops_per_second else {},
         memory_bytes=round(max(evaluating, healing_on_cpu(config, healing) if on_cpu else healed.total)) + 2**30,
-        disk_bytes=round(2 * stored + 3 * 3 / 4 * healed.trained + 2**22),  # states: weights and two moments, thrice
+        # states, thrice: trained weights, the best of them, and two moments, where `trained` counts gradients
+        disk_bytes=round(2 * stored + 3 * healed.trained + 2**22),
     )
 
 

@@ -280,7 +280,7 @@ class Healer:
         hidden = scored_hidden(student.final, scored)
         weights = self._by_need["logits"]
         if not weights:
-            return hidden.sum() * 0.0
+            return hidden[:0].sum()  # zero also where a sum of float16 would not be finite
         if signal is not None:
             ids, kept = signal.ids.to(hidden.device), signal.log_probabilities.to(hidden.device)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -145,7 +145,7 @@ class Config(DataConfig):
     mixer: LayerPlan | None = None
     measuring: Measuring = Measuring()
     pilots: int = Field(0, ge=0)
-    pilot_tokens: Tokens = 50_000
+    pilot_tokens: Annotated[Tokens, Field(ge=64)] = 50_000
 
     @property
     def has_budget(self) -> bool:
