@@ -197,9 +197,13 @@ def test_unknown_keys_deep_inside_are_errors_with_a_hint(tmp_path):
         "name": "x", "digest": "y", "num_layers": 1, "native_windows": [None], "context": 9,
         "kv_shape": {"num_key_value_heads": 1, "head_dim": 1, "bytes_per_valu": 1}}}  # fmt: skip
     (tmp_path / "plan.json").write_text(json.dumps(raw))
-    with pytest.raises(PlanError, match=r"unknown key model.kv_shape.bytes_per_valu; did you mean bytes_per_value\?"):
+    with pytest.raises(
+        PlanError, match=r"unknown key model.kv_shape.bytes_per_valu; did you mean model.kv_shape.bytes_per_value\?"
+    ):
         load(Plan, tmp_path / "plan.json")
     raw["model"]["kv_shape"] = {"num_key_value_heads": 1, "head_dim": 1, "bytes_per_value": 1, "head_dims": 1}
     (tmp_path / "plan.json").write_text(json.dumps(raw))
-    with pytest.raises(PlanError, match=r"unknown key model.kv_shape.head_dims; did you mean head_dim\?"):
+    with pytest.raises(
+        PlanError, match=r"unknown key model.kv_shape.head_dims; did you mean model.kv_shape.head_dim\?"
+    ):
         load(Plan, tmp_path / "plan.json")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -150,7 +151,7 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         (2, "unknown key windws; did you mean windows", ["analyze", tiny, "--out", out, "windws=[4]"]),
         (2, "is not an override", ["analyze", tiny, "--out", out, "windows"]),
         (2, "recipe nowhere.yaml cannot be read", ["run", tiny, "--out", out, "--recipe", "nowhere.yaml"]),
-        (2, "unknown key heal.token; did you mean tokens", ["run", tiny, "--out", out, "heal.token=3"]),
+        (2, "unknown key heal.token; did you mean heal.tokens", ["run", tiny, "--out", out, "heal.token=3"]),
         (2, "is not a finished run", ["report", tmp_path]),
         (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json"]),
         (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json", "--dry-run"]),
@@ -179,6 +180,28 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         (5, "does not fit a model", ["bench", root / "healed", "--against", tiny, "--out", out, "context=100000"]),
         (6, "cannot be written", ["plan", root / "sensitivity.json", "--out", tmp_path / "plan.json" / "x.json"]),
         (2, "Missing option", ["plan", root / "sensitivity.json"]),
+        (2, "empty exists and is no sensitivity.json", ["analyze", tiny, "--out", tmp_path / "empty"]),
+        (2, "is no plan.json", ["plan", root / "sensitivity.json", "--out", root / "sensitivity.json"]),
+        (2, "is no evaluation.json", ["evaluate", root / "healed", "--against", tiny, "--out", tmp_path / "plan.json"]),
+        (2, "is no bench.json", ["bench", root / "healed", "--against", tiny, "--out", Path("/dev/null")]),
+        (4, "is a sensitivity.json; a plan.json is", ["convert", tiny, root / "sensitivity.json", "--out", out]),
+        (2, "healed is a healed model", ["convert", tiny, root / "plan.json", "--out", root / "healed"]),
+        (2, "is a hybrid, and no export", ["export", root / "healed", "--portable", "--out", root / "hybrid"]),
+        (
+            2,
+            "a flag says context already",
+            ["plan", root / "sensitivity.json", "--out", out, "--context", "64", "context=32"],
+        ),
+        (4, "context 99999 is more than the", ["plan", root / "sensitivity.json", "--out", out, "--context", "99999"]),
+        (5, "length 99999 is more than the", ["analyze", tiny, "--out", out, "length=99999"]),
+        (
+            5,
+            "length 99999 is more than the",
+            ["evaluate", root / "healed", "--against", tiny, "--out", out, "length=99999"],
+        ),
+        (2, "found 60; write 60%", ["plan", root / "sensitivity.json", "--out", out, "--kv-reduction", "60"]),
+        (2, "did you mean analyze.kv_reduction or plan.kv_reduction?", ["run", tiny, "--out", out, "kv_reduction=60%"]),
+        (2, "weights: write {text_kl: 1}", ["plan", root / "sensitivity.json", "--out", out, "weights={text_kl:1}"]),
         (2, "No such command", ["analyse"]),
     ]
     for code, message, words in cases:

@@ -322,7 +322,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("heal.tokns=5", r"unknown key heal.tokns; did you mean tokens\?"),
+            ("heal.tokns=5", r"unknown key heal.tokns; did you mean heal.tokens\?"),
             ("haal.tokens=5", r"unknown key haal; did you mean heal\?"),
             ("heal.tokens", "is not an override; write key=value"),
             ("=5", "is not an override"),

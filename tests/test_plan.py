@@ -627,7 +627,7 @@ class TestPilots:
             self.run(tiny, Stub(interrupted), out)
         made = self.run(tiny, Stub(lambda layers: 3.0 if layers == whole[2] else pytest.fail("healed again")), out)
         assert made.layers == wanted.layers
-        assert "measurements are there from before" in capsys.readouterr().err
+        assert "going on from what was measured before" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
     @staticmethod

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import filelock
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from layerboost import __version__
 from layerboost.errors import CheckpointError, EnvironmentTrouble, LayerBoostError, PlanError, UsageError
@@ -48,13 +48,20 @@ def _with_unit(what: str, examples: str, units: dict[str, float], whole: bool = 
     return BeforeValidator(read)
 
 
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        hint = f"; write {value:g}% for {value:g} of a hundred" if 1 < value <= 100 else ""
+        raise ValueError(f"a share is between 0 and 1, or 0% and 100%, found {value:g}{hint}")
+    return value
+
+
 _THOUSANDS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 _BYTES = {"": 1, "b": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("kmgt", 1) for unit, base in (("", 1e3), ("b", 1e3), ("ib", 1024))
 }  # fmt: skip
 Tokens = Annotated[int, _with_unit("a number of tokens", "200000, 200k or 10M", _THOUSANDS, whole=True), Field(ge=1)]
-Share = Annotated[float, _with_unit("a share", "0.6 or 60%", {"": 1, "%": 0.01}), Field(ge=0, le=1)]
+Share = Annotated[float, _with_unit("a share", "0.6 or 60%", {"": 1, "%": 0.01}), AfterValidator(_share)]
 Times = Annotated[float, _with_unit("a ratio", "1.5 or 1.5x", {"": 1, "x": 1}), Field(gt=0)]
 Bytes = Annotated[float, _with_unit("a number of bytes", "20000, 20kB or 8GiB", _BYTES), Field(ge=0)]
 WholeBytes = Annotated[int, _with_unit("a number of bytes", "20000, 20kB or 8GiB", _BYTES, whole=True), Field(ge=1)]
@@ -609,17 +616,33 @@ def _first_trouble(kind: type[pydantic.BaseModel], trouble: pydantic.ValidationE
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    glued = next((str(part) for part in first["loc"] if ":" in str(part)), None)
+    if glued is not None:
+        name, _, value = glued.partition(":")
+        return f"{place.partition('.')[0]}: write {{{name}: {value}}}, with a space behind the colon{more}"
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {place}; {hint}{more}"
+        return f"unknown key {place}; {_hint(kind, first['loc'], known)}{more}"
     if first["type"] == "missing":
         return f"key {place} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
-    found = repr(first["input"])
-    found = "" if isinstance(first["input"], (dict, list, pydantic.BaseModel)) or not place else f", found {found[:80]}"
-    return f"{place}: {message}{found}{more}" if place else f"{message}{found}{more}"
+    if message == first["msg"]:  # pydantic's own words
+        message = message.replace("Input should be", "must be")
+        if place and not isinstance(first["input"], (dict, list, pydantic.BaseModel)):
+            message += f", found {first['input']!r:.80}"
+    return f"{place}: {message}{more}" if place else f"{message}{more}"
+
+
+def _hint(kind: Any, place: tuple[int | str, ...], known: list[str]) -> str:
+    """What an unknown key may have been meant to be."""
+    *before, key = (str(part) for part in place)
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"did you mean {'.'.join([*before, close[0]])}?"
+    inside = [section for section in known if key in _fields_at(kind, (*place[:-1], section))]
+    if inside:
+        return f"did you mean {' or '.join('.'.join([*before, section, key]) for section in inside)}?"
+    return f"known keys: {', '.join(known)}"
 
 
 def _fields_at(kind: Any, place: tuple[int | str, ...]) -> list[str]:
@@ -661,13 +684,54 @@ def read_json(path: Path, error: type[LayerBoostError] = UsageError) -> dict[str
 
 def load(kind: type[AnyArtifact], path: Path, error: type[LayerBoostError] = PlanError) -> AnyArtifact:
     """An artifact from its file, every key checked."""
+    if not path.exists():
+        raise error(f"{path} does not exist; name a {_file_name(kind)}")
     raw = read_json(path, error)
+    kinds = _kinds(raw)
+    if kinds and kind not in kinds:
+        raise error(f"{path} is a {_file_name(kinds[0])}; a {_file_name(kind)} is needed")
     found = raw.get("schema")
     if found != 1 or isinstance(found, bool):
         raise error(f"{path}: schema must be 1, found {found!r}; this is layerboost {__version__}")
     if kind is Plan:
         parse_layers(raw.get("layers"), str(path))  # names the layer, where the general message names a path
     return validate(kind, raw, str(path), error)
+
+
+def _kinds(raw: dict[str, Any]) -> list[type[Artifact]]:
+    """Artifacts whose keys these are."""
+    found = []
+    for kind in Artifact.__subclasses__():
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        needed = {"schema", *(name for name, field in fields.items() if field.is_required())}
+        if needed <= set(raw) <= set(fields):
+            found.append(kind)
+    return found
+
+
+def _file_name(kind: type[Artifact]) -> str:
+    return f"{kind.__name__.lower()}.json"
+
+
+def check_output_file(path: Path, kind: type[Artifact]) -> None:
+    """Say what is wrong with a place before the work that ends there.
+
+    Raises:
+        UsageError: writing this file would overwrite something else than another of its kind.
+        EnvironmentTrouble: its folder cannot be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written to" if above.is_dir() else "is a file"
+        raise EnvironmentTrouble(f"{path} cannot be written: {above} {what}; choose a place that can be written to")
+    if not os.path.lexists(path) or (path.is_file() and not path.stat().st_size):
+        return
+    try:
+        same = path.is_file() and kind in _kinds(read_json(path))
+    except UsageError:
+        same = False
+    if not same:
+        raise UsageError(f"{path} exists and is no {_file_name(kind)} of layerboost; name another --out, or remove it")
 
 
 def to_json(artifact: Record) -> str:
@@ -702,8 +766,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with disk_trouble(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise EnvironmentTrouble(f"{path} cannot be written: it is a folder; name a file")
+        if path.exists() and not path.is_file():  # a device would be replaced by a file of its name
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise EnvironmentTrouble(f"{path} cannot be written: it is {what}; name a file")
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -715,7 +780,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         _sync(path.parent)
 
 
-MANIFEST = "manifest.json"
+MANIFEST, HEALING = "manifest.json", "healing.json"
 
 
 @contextlib.contextmanager
@@ -793,6 +858,7 @@ def check_space(out: Path, needed: int) -> None:
 
 def _write_manifest(folder: Path, inputs: dict[str, str]) -> None:
     files = {}
+    mode = folder.stat().st_mode & 0o666  # a new file's; safetensors lets only the owner read its own
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != LOCK):
         with open(path, "rb") as file:
             files[path.relative_to(folder).as_posix()] = {
@@ -800,6 +866,7 @@ def _write_manifest(folder: Path, inputs: dict[str, str]) -> None:
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
             os.fsync(file.fileno())
+        path.chmod(mode)
     write_text(folder / MANIFEST, json.dumps({"schema": 1, "inputs": inputs, "files": files}, indent=1) + "\n")
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
         _sync(path)
@@ -838,6 +905,7 @@ LOCK = ".lock"
 def lock(folder: Path) -> Iterator[None]:
     """One writer per folder. The operating system lets go of the lock when its owner dies, however it dies."""
     with disk_trouble(folder):
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         holder = filelock.FileLock(folder / LOCK)
         try:
@@ -849,6 +917,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and folder.exists() and os.listdir(folder) == [LOCK]:  # nothing came of it
+            shutil.rmtree(folder, ignore_errors=True)
         holder.release()
 
 

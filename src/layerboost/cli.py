@@ -140,10 +140,13 @@ def analyze(
     """Measure the damage of removing or windowing each layer's attention."""
     _quiet()
     from layerboost import analyze as analyze_verb
+    from layerboost.artifacts import Sensitivity, check_output_file
     from layerboost.recipe import configured
 
     flags = {key: True for key, given in (("until_resolved", until_resolved), ("stream", stream)) if given}
-    found = analyze_verb.run(model, configured(analyze_verb.Config, settings or [], flags), out=out)
+    config = configured(analyze_verb.Config, settings or [], flags=flags)
+    check_output_file(out, Sensitivity)
+    found = analyze_verb.run(model, config, out=out)
     labels = sorted({c.plan.label: None for layer in found.layers for c in layer})
     table = Table("layer", *[f"{label}\ntext / recall KL" for label in labels])
     for index, layer in enumerate(found.layers):
@@ -185,6 +188,7 @@ def plan(
     """Choose a mixer for every layer."""
     _quiet()
     from layerboost import plan as plan_verb
+    from layerboost.artifacts import Plan, check_output_file
     from layerboost.heal import Config as HealConfig
     from layerboost.pilot import Pilots
     from layerboost.recipe import configured
@@ -195,23 +199,26 @@ def plan(
         "pilots": pilots,
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}
-    config = configured(plan_verb.Config, settings or [], given)
+    config = configured(plan_verb.Config, settings or [], flags=given)
+    check_output_file(out, Plan)
     healing = HealConfig(text=config.text, seed=config.seed, device=config.device)
     found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=Pilots(healing))
     table = Table("layer", "mixer", "why")
     for index, layer in enumerate(found.layers):
         table.add_row(str(index), layer.label, layer.reason)
     _print(table)
-    front = Table("KV", "loss", "plan", title="what other budgets would give")
+    front = Table("KV kept", "loss", "plan", title="what other budgets would give")
     for point in found.front:
         front.add_row(
             f"{point.kv_share:.1%}", f"{point.loss:.4f}", " ".join(map(short, point.layers)),
             style="bold" if point.chosen else None,
         )  # fmt: skip
     _print(front)
+    say("F: attention as it was; W and a number: a window of so many tokens; N: no attention")
     say(f"predicted: {json.dumps(found.predicted)}")
     if found.measured:
         say(f"measured: {json.dumps(found.measured)}")
+    say(f"wrote {out}")
 
 
 @verb
@@ -241,7 +248,7 @@ def heal(
     from layerboost.recipe import configured
 
     given = {} if tokens is None else {"tokens": tokens}
-    found = heal_verb.run(hybrid, teacher, configured(heal_verb.Config, settings or [], given), out=out)
+    found = heal_verb.run(hybrid, teacher, configured(heal_verb.Config, settings or [], flags=given), out=out)
     first, best = found.curve[0], found.best
     closed = [
         f"{100 * share:.0f} % of the {name} gap" for name, share in found.closed(best).items() if share is not None
@@ -258,9 +265,12 @@ def evaluate(hybrid: HybridArgument, against: Against, out: OutFile, settings: S
     """Compare base, converted and healed on held-out data."""
     _quiet()
     from layerboost import evaluate as evaluate_verb
+    from layerboost.artifacts import Evaluation, check_output_file
     from layerboost.recipe import configured
 
-    found = evaluate_verb.run(hybrid, against, configured(evaluate_verb.Config, settings or []), out=out)
+    config = configured(evaluate_verb.Config, settings or [])
+    check_output_file(out, Evaluation)
+    found = evaluate_verb.run(hybrid, against, config, out=out)
     for table in _evaluation_tables(found):
         _print(table)
 
@@ -285,10 +295,12 @@ def bench(
     """Measure speed and KV cache against the original."""
     _quiet()
     from layerboost import bench as bench_verb
+    from layerboost.artifacts import Bench, check_output_file
     from layerboost.recipe import configured
 
     hybrid, settings = _model_or_settings(hybrid, settings)
-    config = configured(bench_verb.Config, settings, {} if engine is None else {"engine": engine})
+    config = configured(bench_verb.Config, settings, flags={} if engine is None else {"engine": engine})
+    check_output_file(out, Bench)
     chosen = _shape(shape, layers, width, vocabulary, heads, kv_heads, head_dim, plan, window)
     if chosen is not None:
         if hybrid is not None or against is not None:
@@ -359,7 +371,9 @@ def stability(
 ) -> None:
     """How well rankings of layers agree across probes, and across data, seeds, lengths and sizes of models."""
     from layerboost import stability as stability_verb
+    from layerboost.artifacts import Stability, check_output_file
 
+    check_output_file(out, Stability)
     typer.echo(stability_verb.run(sensitivities, out=out))
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from layerboost.artifacts import ModelRecord, Plan, load, text_digest
-from layerboost.errors import PlanError
+from layerboost.artifacts import HEALING, ModelRecord, Plan, load, text_digest
+from layerboost.errors import PlanError, UsageError
 from layerboost.model.config import check_plan
 from layerboost.model.loading import describe, find_model, load_original, read_config, tokenizer_digest
 from layerboost.model.saving import save_hybrid
@@ -23,9 +23,12 @@ def run(model: str | Path, plan: Plan | Path, *, out: Path) -> Path:
     """Write the hybrid checkpoint of a base model under a plan: surviving tensors byte-equal, nothing else.
 
     Raises:
+        UsageError: a healed model stands in the place, which took longer to make than this.
         CheckpointError: the model cannot be read.
         PlanError: the plan does not fit the model, or was made for another one.
     """
+    if (out / HEALING).exists():
+        raise UsageError(f"{out} is a healed model; name another --out, or remove it")
     if not isinstance(plan, Plan):
         plan = load(Plan, plan)
     folder = find_model(model)

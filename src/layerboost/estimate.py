@@ -137,7 +137,8 @@ def healing_on_cpu(config: PreTrainedConfig, settings: heal.Config) -> float:
     """Bytes at the peak of all of heal on a CPU: of a pass, or of writing the result, when the result and what is read
     back of it stand beside the model."""
     found, shape = healing_memory(config, settings, dtype=torch.float32), _Shape.of(config)
-    return max(found.total, found.frozen + found.trained + 2 * shape.parameters * _stored(config))
+    best = found.trained / 4  # of trained weights, gradients and two moments
+    return best + max(found.total, found.frozen + found.trained + 2 * shape.parameters * _stored(config))
 
 
 def _stored(config: PreTrainedConfig) -> int:

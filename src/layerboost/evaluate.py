@@ -14,7 +14,7 @@ from pydantic import Field
 from layerboost.artifacts import Completion, Evaluation, Quality, TaskScore, save
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
-from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples
+from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples, sequence_length
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError
 from layerboost.layer_plan import LayerPlan
@@ -121,7 +121,8 @@ def run(
     healed = load_model(hybrid_folder, dtype=dtype, device=device)
     base = load_original(folder, dtype=dtype, device=device)
     windows = [plan.window for plan in layers if plan.window is not None]
-    length, distance = probe_lengths(config.length, config.distance, windows, base_config.max_position_embeddings)
+    context = base_config.max_position_embeddings
+    length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
     tokenizer, corpus = load_tokenizer(folder), open_corpus(config.text)
     data = samples(
         corpus, tokenizer, base_config.vocab_size, split="held_out", texts=config.texts, answers=config.answers,

@@ -38,14 +38,17 @@ class Measured:
         self._values: dict[str, Any] = {}
         for path in sorted(folder.glob("*.jsonl")) if folder else []:
             self._values |= _read(path)
-        if self._values:
-            say(f"{folder}: {len(self._values):,} measurements are there from before")
+        self._silent = not self._values
 
     def key(self, *what: Any) -> str:
         return text_digest([*self._of, *what])
 
     def __contains__(self, key: str) -> bool:
-        return key in self._values
+        found = key in self._values
+        if found and not self._silent:
+            self._silent = True
+            say(f"{self.folder}: going on from what was measured before")
+        return found
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]

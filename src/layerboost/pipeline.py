@@ -11,6 +11,7 @@ import yaml
 from layerboost import analyze, bench, convert, evaluate, heal, plan
 from layerboost import report as report_verb
 from layerboost.artifacts import (
+    HEALING,
     Bench,
     Evaluation,
     Plan,
@@ -28,6 +29,7 @@ from layerboost.artifacts import (
 )
 from layerboost.errors import UsageError
 from layerboost.estimate import estimate
+from layerboost.heal.checkpoint import clear_steps
 from layerboost.model.loading import describe, find_model, read_config
 from layerboost.pilot import Pilots
 from layerboost.progress import say
@@ -117,6 +119,8 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
         for stage in stages(model, folder, recipe, out):
             if stage.is_current():
                 say(f"{stage.verb}: {stage.path} is current")
+                if stage.verb == "heal":  # killed before it could
+                    clear_steps(out / "heal")
                 continue
             say(f"{stage.verb}: writing {stage.path}")
             started = time.monotonic()
@@ -175,7 +179,7 @@ def result(out: Path) -> Result:
             command=command(),
             model_digest=sensitivity.model.digest,
             intervals={name: quality.model_dump(mode="json") for name, quality in evaluation.models.items()},
-            healing_tokens=read_json(out / "healed" / "healing.json")["tokens"],
+            healing_tokens=read_json(out / "healed" / HEALING)["tokens"],
             bench=benched.settings,
         ),
     )

@@ -82,14 +82,20 @@ def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
 
 
 def configured(
-    kind: type[AnyRecord], overrides: Sequence[str], raw: dict[str, Any] | None = None, where: str = "settings"
+    kind: type[AnyRecord],
+    overrides: Sequence[str],
+    raw: dict[str, Any] | None = None,
+    where: str = "settings",
+    flags: dict[str, Any] | None = None,
 ) -> AnyRecord:
-    """Settings from plain values and `key=value` overrides, which win."""
-    raw = raw or {}
+    """Settings from plain values and `key=value` overrides, which win, and from flags, which say it once."""
+    raw = (raw or {}) | (flags or {})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UsageError(f"{override!r} is not an override; write key=value, such as heal.tokens=200k")
+        if key in (flags or {}):
+            raise UsageError(f"{override!r}: a flag says {key} already; give it once")
         try:
             parsed = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):

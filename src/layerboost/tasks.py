@@ -444,6 +444,7 @@ def _texts(
     """What a plan writes greedily after each prompt, and the tokens it worked on."""
     found: Texts = {}
     worked = 0
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for settings, group in groupby(sorted(prompts, key=lambda prompt: prompt[1]), key=lambda prompt: prompt[1]):
         stops, new = _settings(json.loads(settings))
         if new >= length:
@@ -466,9 +467,7 @@ def _texts(
                         max_new_tokens=new,
                         do_sample=False,
                         stopping_criteria=[_Until(tokenizer, stops, ids.shape[1])],
-                        pad_token_id=tokenizer.eos_token_id
-                        if tokenizer.pad_token_id is None
-                        else tokenizer.pad_token_id,
+                        pad_token_id=padding,
                     )
                 texts = tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
                 kept[key] = [whole.numel(), texts]

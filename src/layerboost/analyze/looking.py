@@ -8,7 +8,7 @@ import torch
 
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import probe_sequences
-from layerboost.data.samples import TEXT, check_vocabulary, probe_lengths, probe_maker, samples
+from layerboost.data.samples import TEXT, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
 from layerboost.data.sequences import Sequences
 from layerboost.errors import DataError
 from layerboost.model.hybrid import Hybrid
@@ -34,13 +34,11 @@ class Looking:
         self.context: int = model.config.max_position_embeddings
         self.widest = max([0, *windows, *(mixer.window or 0 for mixer in config.mixers)])
         asked = config.distance if isinstance(config.distance, list) else [config.distance]
-        found = [probe_lengths(config.length, distance, [self.widest], self.context) for distance in asked]
+        wanted = sequence_length(config, self.context)
+        found = [probe_lengths(wanted, distance, [self.widest], self.context) for distance in asked]
         self.length, self.distances = max(length for length, _ in found), [distance for _, distance in found]
-        if self.length != config.length:
-            say(
-                f"probes are {self.length} tokens long instead of {config.length}, so that no window reaches their "
-                "answers"
-            )
+        if self.length != wanted:
+            say(f"probes are {self.length} tokens long instead of {wanted}, so that no window reaches their answers")
 
     def data(self, turn: int) -> dict[str, Sequences]:
         """Sequences by kind; another turn gives others.

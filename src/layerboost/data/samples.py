@@ -230,6 +230,18 @@ def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
         )
 
 
+def sequence_length(config: Any, context: int) -> int:
+    """The `length` of some settings; of the default, what fits the model's context.
+
+    Raises:
+        DataError: another length was chosen, and it does not fit.
+    """
+    length: int = config.length
+    if length > context and length != type(config).model_fields["length"].default:
+        raise DataError(f"length {length} is more than the model's context of {context} tokens; choose a shorter one")
+    return min(length, context)
+
+
 def probe_lengths(length: int, distance: int | None, windows: Sequence[int], context: int) -> tuple[int, int]:
     """Length and distance of probes that no window can answer.
 

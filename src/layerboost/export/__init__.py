@@ -12,7 +12,15 @@ import jinja2
 import torch
 
 from layerboost import __version__
-from layerboost.artifacts import MANIFEST, check_output_folder, check_space, intact, publish_folder, read_json
+from layerboost.artifacts import (
+    MANIFEST,
+    check_output_folder,
+    check_space,
+    intact,
+    publish_folder,
+    read_json,
+    recorded_inputs,
+)
 from layerboost.errors import CheckpointError, UsageError
 from layerboost.export.native import native_model
 from layerboost.model.config import config_class, family_of
@@ -55,6 +63,7 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
 
     Raises:
         CheckpointError: the hybrid cannot be read or is not intact, or no stock model computes the same.
+        UsageError: a hybrid stands in the place, or something that is not layerboost's.
     """
     folder = find_model(hybrid)
     config = read_config(folder)
@@ -64,6 +73,8 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"{out} is the hybrid itself, or inside it; name another --out")
     check_output_folder(out)
+    if "form" not in ((recorded_inputs(out) if out.exists() else None) or {"form": form}):
+        raise UsageError(f"{out} is a hybrid, and no export; name another --out, or remove it")
     check_space(out, sum(path.stat().st_size for path in weight_files(folder)))
     (_portable if form == "portable" else _native)(folder, config, out)
     return out

@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from layerboost.artifacts import Healing, Tokens, check_output_folder, lock, text_digest, to_json
+from layerboost.artifacts import HEALING, Healing, Tokens, check_output_folder, lock, text_digest, to_json
 from layerboost.data.corpus import open_corpus
-from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, training_rows
+from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length, training_rows
 from layerboost.data.sources import Source, cache_folder, sources_digest
 from layerboost.errors import CheckpointError, DataError, UsageError
 from layerboost.heal.checkpoint import clear_steps
@@ -241,9 +241,7 @@ def _publish(
         mixer.to(healed.dtype)
     healed.convert(healer.layers, origin, healer.mixers)
     what = f"converted, and healed with {healing.tokens:,} tokens of distillation"
-    save_hybrid(
-        healed, out, original=folder, inputs=healing.inputs, what=what, extra_files={"healing.json": to_json(healing)}
-    )
+    save_hybrid(healed, out, original=folder, inputs=healing.inputs, what=what, extra_files={HEALING: to_json(healing)})
 
 
 def check_same_weights(
@@ -272,7 +270,7 @@ def check_same_weights(
 def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teacher: str) -> tuple[Rows, Validation]:
     model, tokenizer = healer.model, load_tokenizer(folder)
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
-    length = min(config.length, context)
+    length = sequence_length(config, context)
     count = config.tokens // length
     if not count:
         raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")

@@ -65,7 +65,7 @@ class Recovery:
 
     Attributes:
         patience: looks in a row without a better one, by a hundredth, after which to stop; 0 is never.
-        since: step from which looks are compared: before it, rates rise, or something else is learned.
+        since: step from which looks count for `flat` and the alarm; before, rates rise, or something else is learned.
         nearest: the look of the least distance.
         kept: step of the look whose weights are to be published: the last that is not worse than the nearest.
         losses: training losses since the last look.

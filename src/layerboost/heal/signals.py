@@ -115,6 +115,8 @@ def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str
     with lock(folder) if rank == 0 else contextlib.nullcontext():
         missing = gather(_missing(folder, made_of, rows, top_k) if rank == 0 else None)[0]
         served = open_teacher(url, healer, rows, top_k) if url is not None and missing else None
+        if rank == 0 and not (folder / _INDEX).exists():  # a server that is of no use leaves nothing
+            write_text(folder / _INDEX, json.dumps({"inputs": made_of}))
         # a teacher that is spread over processes is asked by all of them together, and one writes
         together = healer.config.shard and served is None
         mine = missing if together else missing[rank::world]
@@ -138,8 +140,6 @@ def _missing(folder: Path, made_of: dict[str, str], rows: Sequences, top_k: int)
             "source (signals_from, quantize); name another folder, or keep tokens, length, text, data, probe_share "
             "and data_seed as they were; rows of plans with linear attention are others than those without"
         )
-    if not index.exists():
-        write_text(index, json.dumps({"inputs": made_of}))
     scored = [int(part.scored[:, 1:].sum()) for part in rows.batches(_ROWS)]
     return [n for n, count in enumerate(scored) if not _intact(_path(folder, n), (count, top_k), made_of)]
 

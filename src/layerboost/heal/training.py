@@ -102,7 +102,8 @@ class _Run:
         found = gather(newest(folder, inputs) if self.rank == 0 else None)[0]
         if found is not None:
             state, self.best = load_step(found, healer.parameters, self.optimizer)
-            self.done, self.skipped, self.limit = (state[key] for key in ("step", "skipped", "limit"))
+            self.done, self.skipped = state["step"], state["skipped"]
+            self.limit = state["limit"] if config.micro_batch is None else None  # which is asked for, and tried
             self.recovery.restore(state["recovery"])
 
     def all(self) -> Outcome:
@@ -188,7 +189,7 @@ class _Run:
             try:
                 parts = [self._part(part, counts, aligning) for part in self._passes(numbers)]
                 break
-            except RuntimeError as trouble:
+            except (RuntimeError, MemoryError) as trouble:
                 if not out_of_memory(trouble):
                     raise
             self._cut()

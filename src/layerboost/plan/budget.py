@@ -30,12 +30,17 @@ class Budget:
         model_config: of the base model, as transformers has it; only a throughput budget needs it.
 
     Raises:
-        PlanError: a throughput budget without a model, or more layers asked for than there are.
+        PlanError: a throughput budget without a model, or more layers or context asked for than there are.
     """
 
     def __init__(self, model: ModelRecord, config: "Config", model_config: Any = None) -> None:
         self.model, self.config = model, config
         self.context = config.context or min(model.context, 4_096)
+        if self.context > model.context:
+            raise PlanError(
+                f"context {self.context} is more than the {model.context} tokens that the model was made for; choose a "
+                "shorter one"
+            )
         self.on_vllm = config.engine == "vllm" or config.throughput is not None
         self.at_least: dict[str, int] = config.at_least.model_dump()
         self.most_full = config.full_layers
