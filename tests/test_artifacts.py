@@ -13,6 +13,7 @@ from layerboost import artifacts
 from layerboost.artifacts import (
     CurvePoint,
     Plan,
+    check_output_file,
     intact,
     load,
     lock,
@@ -39,6 +40,39 @@ def test_a_folder_appears_whole(tmp_path):
     assert files(tmp_path) == ["out/manifest.json", "out/sub/a.txt"]
     assert recorded_inputs(tmp_path / "out") == {"model": "abc"}
     assert intact(tmp_path / "out", deep=True)
+
+
+def test_files_of_a_folder_may_be_read_by_whom_others_may(tmp_path):
+    with publish_folder(tmp_path / "out") as partial:
+        (partial / "model.safetensors").write_bytes(b"")
+        (partial / "model.safetensors").chmod(0o600)
+        (partial / "other").write_bytes(b"")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "other").stat().st_mode
+    (tmp_path / "usual").write_bytes(b"")
+    assert (tmp_path / "out" / "other").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_lock_leaves_no_folder_behind_when_nothing_came(tmp_path):
+    with lock(tmp_path / "steps"):
+        pass
+    assert not (tmp_path / "steps").exists()
+    with lock(tmp_path / "steps"):
+        (tmp_path / "steps" / "state").touch()
+    assert (tmp_path / "steps" / "state").exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "device"])
+def test_what_is_no_file_is_never_replaced(tmp_path, what):
+    path = tmp_path / "place"
+    if what == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)  # which any user may make
+    with pytest.raises(EnvironmentTrouble, match="name a file"):
+        write_text(path, "x")
+    with pytest.raises(UsageError, match=r"is no plan.json of layerboost; name another --out, or remove it"):
+        check_output_file(path, Plan)
+    assert path.is_dir() or path.is_fifo()
 
 
 def test_a_failure_leaves_nothing_and_keeps_what_was(tmp_path):

@@ -304,6 +304,29 @@ def test_a_healing_goes_on_with_other_means(tiny, hybrid, tmp_path, monkeypatch,
     assert sizes == [1] * 24
 
 
+def test_a_micro_batch_that_is_asked_for_is_tried_again(tiny, hybrid, tmp_path, monkeypatch, save_always):
+    """Memory ran out before; the same command goes on with less, and one that names a size gets it."""
+    real, sizes = Healer.backward, []
+
+    def small(self, batch, *rest):
+        if len(batch) > 2:
+            raise MemoryError
+        return real(self, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Healer, "backward", small)
+        stop_after_six_steps(patch, hybrid, tiny, tmp_path / "out", tmp_path / "steps")
+    shutil.copytree(tmp_path / "steps", tmp_path / "again")
+    monkeypatch.setattr(
+        Healer, "backward", lambda self, part, *rest: sizes.append(len(part)) or real(self, part, *rest)
+    )
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "out", steps_folder=tmp_path / "steps")
+    assert sizes == [2] * 12
+    sizes.clear()
+    heal.run(hybrid, tiny, settings_with(micro_batch=4), out=tmp_path / "other", steps_folder=tmp_path / "again")
+    assert sizes == [4] * 6
+
+
 def test_memory_that_runs_out_where_weights_are_shared_ends_it(tiny, hybrid, tmp_path, monkeypatch):
     """Processes cannot try again one by one: the others wait for this one's part of the weights."""
     monkeypatch.setattr(heal, "shard", lambda healer: None)

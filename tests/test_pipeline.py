@@ -258,6 +258,14 @@ def test_kill_9_in_every_stage_ends_with_the_same_bytes(tiny, tmp_path):
     assert_same_after_kills(tiny, tmp_path, moments)
 
 
+def test_states_that_a_kill_left_behind_go_with_the_next_run(finished, tiny, recipe):
+    """Killed between publishing what was healed and clearing up."""
+    out, _ = finished
+    (out / "heal" / "step-000004").mkdir(parents=True)
+    pipeline.run(tiny, recipe, out=out)
+    assert not (out / "heal").exists()
+
+
 def test_a_run_folder_has_one_writer(finished, tiny, recipe):
     from layerboost.artifacts import lock
 
