@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layerboost.analyze import Config
 
 _LONG_PROBES = ("key_value", "needle")
-_TURN = 1_000  # seeds between two helpings of data
+_TURN = 2**20  # seeds between two helpings of data; distances, which are added, are shorter
 
 
 class Looking:
