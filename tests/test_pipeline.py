@@ -339,7 +339,7 @@ class TestRecipe:
             ("seed.deep=5", "seed"),
             ("analyze.windows=[0]", "analyze.windows.0"),
             ("analyze.windows=16", "analyze.windows"),
-            ("plan.kv_reduction=2", "less than or equal to 1, found 2"),
+            ("plan.kv_reduction=2", "between 0 and 1, or 0% and 100%, found 2"),
             ("plan.weights={text_kl: .nan}", "finite"),
             ("plan.planner=best", "plan.planner"),
             ("heal.tokens=many", "is not a number of tokens"),

@@ -556,8 +556,8 @@ def test_budgets_in_the_users_own_words(key, written, meant):
     ("key", "written", "message"),
     [
         ("kv_reduction", "most", "'most' is not a share; write 0.6 or 60%"),
-        ("kv_reduction", "60", "less than or equal to 1"), ("kv_reduction", "120%", "less than or equal to 1"),
-        ("kv_reduction", "-5%", "greater than or equal to 0"), ("kv_reduction", "nan", "is not a share"),
+        ("kv_reduction", "60", "found 60; write 60%"), ("kv_reduction", "120%", "and 100%, found 1.2"),
+        ("kv_reduction", "-5%", "between 0 and 1"), ("kv_reduction", "nan", "is not a share"),
         ("kv_reduction", "5x", "is not a share"), ("throughput", "50%", "is not a ratio; write 1.5 or 1.5x"),
         ("throughput", "0x", "greater than 0"), ("kv_bytes", "2 tokens", "is not a number of bytes"),
         ("kv_memory", "1.2.3GB", "write 20000, 20kB or 8GiB"), ("kv_memory", "", "is not a number of bytes"),

@@ -462,8 +462,8 @@ def test_few_beginnings_are_used_again(tmp_path):
         ({"kind": "hub"}, "kind hub needs a path: a data set such as owner/name"),
         ({"kind": "probes", "path": "x"}, "kind probes takes no path; its keys are kind, weight"),
         ({"kind": "text", "split": "test"}, "kind text takes no split; its keys are kind, weight, path"),
-        ({"kind": "text", "weight": 0}, "weight: Input should be greater than 0"),
-        ({"kind": "texts"}, "kind: Input should be 'text', 'chat', 'hub', 'generated' or 'probes'"),
+        ({"kind": "text", "weight": 0}, "weight: must be greater than 0"),
+        ({"kind": "texts"}, "kind: must be 'text', 'chat', 'hub', 'generated' or 'probes'"),
         ({"kind": "text", "wieght": 1}, "unknown key wieght; did you mean weight?"),
     ],
 )

@@ -50,7 +50,7 @@ def _with_unit(what: str, examples: str, units: dict[str, float], whole: bool = 
 
 def _share(value: float) -> float:
     if not 0 <= value <= 1:
-        hint = f"; write {value:g}% for {value:g} of a hundred" if 1 < value <= 100 else ""
+        hint = f"; write {value:g}% for {value:g} of a hundred" if value in range(2, 101) else ""
         raise ValueError(f"a share is between 0 and 1, or 0% and 100%, found {value:g}{hint}")
     return value
 
