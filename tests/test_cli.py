@@ -201,7 +201,13 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         ),
         (2, "found 60; write 60%", ["plan", root / "sensitivity.json", "--out", out, "--kv-reduction", "60"]),
         (2, "did you mean analyze.kv_reduction or plan.kv_reduction?", ["run", tiny, "--out", out, "kv_reduction=60%"]),
-        (2, "weights: write {text_kl: 1}", ["plan", root / "sensitivity.json", "--out", out, "weights={text_kl:1}"]),
+        (2, "plan.weights: write {text_kl: 1}", ["run", tiny, "--out", out, "plan.weights={text_kl:1}"]),
+        (5, "length 99999 is", ["heal", root / "hybrid", "--teacher", tiny, "--out", out, "length=99999"]),
+        (
+            2,
+            "settings: weights: write {text_kl: 1}",
+            ["plan", root / "sensitivity.json", "--out", out, "weights={text_kl:1}"],
+        ),
         (2, "No such command", ["analyse"]),
     ]
     for code, message, words in cases:

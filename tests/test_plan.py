@@ -122,6 +122,13 @@ def test_least_kv_under_a_loss_budget(losses, most):
     assert made.predicted["kv_share"] == pytest.approx(brute_force(found, limit_loss=most), abs=1e-4)
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.0, "as it was"), (1.0, "without attention"), (0.3, None)])
+def test_a_budget_that_leaves_layers_alike_says_so(capsys, share, told):
+    plan.run(sensitivity([(1, 0.5, 0.2)] * 4), plan.Config(kv_reduction=share, context=128))
+    said = capsys.readouterr().err
+    assert f"leaves every layer {told}" in said if told else "leaves every layer" not in said
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows, st.integers(0, 3))
 def test_at_most_so_many_layers_keep_their_attention(losses, most):

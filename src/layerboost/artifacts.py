@@ -616,10 +616,11 @@ def _first_trouble(kind: type[pydantic.BaseModel], trouble: pydantic.ValidationE
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    glued = next((str(part) for part in first["loc"] if ":" in str(part)), None)
-    if glued is not None:
-        name, _, value = glued.partition(":")
-        return f"{place.partition('.')[0]}: write {{{name}: {value}}}, with a space behind the colon{more}"
+    for n, part in enumerate(first["loc"]):
+        name, colon, value = str(part).partition(":")
+        if n and colon:  # {text_kl:1} is one key to YAML
+            where = ".".join(str(part) for part in first["loc"][:n])
+            return f"{where}: write {{{name}: {value}}}, with a space behind the colon{more}"
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, first["loc"][:-1])
         return f"unknown key {place}; {_hint(kind, first['loc'], known)}{more}"
@@ -720,7 +721,7 @@ def check_output_file(path: Path, kind: type[Artifact]) -> None:
         UsageError: writing this file would overwrite something else than another of its kind.
         EnvironmentTrouble: its folder cannot be written to.
     """
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = _standing(path.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         what = "cannot be written to" if above.is_dir() else "is a file"
         raise EnvironmentTrouble(f"{path} cannot be written: {above} {what}; choose a place that can be written to")
@@ -842,8 +843,12 @@ def _written(folder: Path) -> set[str]:
 
 def free_bytes(out: Path) -> int:
     """Bytes free on the disk where a file or folder is, or would be."""
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_standing(out.absolute())).free
+
+
+def _standing(path: Path) -> Path:
+    """A path, or what exists of it."""
+    return next(part for part in (path, *path.parents) if part.exists())
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -73,7 +73,8 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"{out} is the hybrid itself, or inside it; name another --out")
     check_output_folder(out)
-    if "form" not in ((recorded_inputs(out) if out.exists() else None) or {"form": form}):
+    made_from = recorded_inputs(out)
+    if made_from is not None and "form" not in made_from:
         raise UsageError(f"{out} is a hybrid, and no export; name another --out, or remove it")
     check_space(out, sum(path.stat().st_size for path in weight_files(folder)))
     (_portable if form == "portable" else _native)(folder, config, out)
