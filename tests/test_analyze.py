@@ -478,11 +478,13 @@ def test_windows_wider_than_native_ones_are_not_tried(tmp_path):
 def test_probes_reach_beyond_every_window():
     assert probe_lengths(256, None, [16, 64], 1024) == (256, 128)
     assert probe_lengths(256, None, [512], 4096) == (2048, 1024)
-    assert probe_lengths(256, None, [512], 1024) == (1024, 512)
+    assert probe_lengths(256, None, [512], 1024) == (1024, 513)
+    assert probe_lengths(256, None, [128], 1024) == (256, 129)  # a window sees its own length, less one, behind it
     assert probe_lengths(256, None, [], 1024) == (256, 128)
     assert probe_lengths(256, 100, [64], 1024) == (256, 100)
     with pytest.raises(DataError, match="within a window of 64"):
-        probe_lengths(256, 63, [64], 1024)
+        probe_lengths(256, 64, [64], 1024)
+    assert probe_lengths(256, 65, [64], 1024) == (256, 65)
     with pytest.raises(DataError, match="too short for probes beyond a window of 512"):
         probe_lengths(256, None, [512], 400)
 

@@ -1,5 +1,6 @@
 """The command line: what the contract promises, exit codes, and one clear line for every trouble."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from layerboost import __version__
 from layerboost.cli import app
+from layerboost.errors import EnvironmentTrouble
 from tests.test_pipeline import SMALL
 from tests.tiny import make_checkpoint
 
@@ -66,7 +68,9 @@ def test_every_planner_by_name(session, tiny, tmp_path, planner):
     assert raw["predicted"]["kv_share"] <= 0.4
     assert raw["predicted"]["engine"] == "vllm"
     assert "what other budgets would give" in done.output
-    assert ("measured: " in done.output) == (planner in ("greedy", "gates"))
+    assert ("finding it took" in done.output) == (planner in ("greedy", "gates"))
+    held = raw["predicted"]["kv_bytes"]
+    assert f"as vllm keeps it: {held['hybrid']:,} of {held['base']:,} bytes" in done.output
     assert call("convert", tiny, tmp_path / "plan.json", "--out", tmp_path / "hybrid").exit_code == 0
 
 
@@ -217,6 +221,26 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         assert message in said, f"{words}: {said}"
         assert "Traceback" not in said
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("analyze", "the same command goes on"), ("evaluate", "nothing was written")]
+)
+def test_interrupted(monkeypatch, tmp_path, verb, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"layerboost.{verb}"), "run", interrupted)
+    done = call(verb, "reference", "--out", tmp_path / "out.json", *(["--against", "x"] if verb == "evaluate" else []))
+    assert done.exit_code == 130
+    assert f"interrupted; {said}" in done.output
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path):
+    done = call("inspect", tmp_path / ("long" * 100))
+    assert done.exit_code == EnvironmentTrouble.exit_code
+    assert "File name too long" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_dry_run_does_nothing(tiny, tmp_path):

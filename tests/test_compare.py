@@ -100,6 +100,27 @@ def test_a_trial_is_what_evaluate_says_of_the_healed_model(finished, tmp_path):
     assert np.mean(trial.after["copy"]) == pytest.approx(lost, abs=1e-6)
 
 
+def test_what_other_settings_left_half_done_is_not_used(checkpoints, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    asked = job(checkpoints["llama"], selectors=["greedy"], replacements=[])
+    with monkeypatch.context() as patched:
+        patched.setattr(compare.Bout, "_scores", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(asked, out=tmp_path)
+    assert list(tmp_path.rglob("*.work/healed"))
+    longer = asked.model_copy(update={"heal": asked.heal.model_copy(update={"tokens": 3 * asked.heal.tokens})})
+    found = compare.run(longer, out=tmp_path)
+    fresh = compare.run(longer, out=tmp_path / "fresh")
+    trials = [
+        load(Trial, next((tmp_path / where / "llama").rglob(f"{one.entries[0].trial}.json")))
+        for where, one in ((".", found), ("fresh", fresh))
+    ]
+    assert trials[0].after == trials[1].after
+    assert not list(tmp_path.rglob("*.work"))
+
+
 def test_it_goes_on_after_a_kill(checkpoints, tmp_path, monkeypatch):
     asked = job(checkpoints["llama"], selectors=["greedy", "milp", "uniform", "random"], replacements=[])
     healed = []

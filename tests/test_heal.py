@@ -24,7 +24,7 @@ from layerboost.heal.losses import (
 from layerboost.heal.recovery import Look, Recovery, looks
 from layerboost.heal.student import Counts, Healer, merge
 from layerboost.heal.training import schedule
-from layerboost.model.loading import load_model, load_original
+from layerboost.model.loading import digest, load_model, load_original
 from tests.conftest import FAMILIES
 from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, window
 
@@ -664,6 +664,15 @@ def test_wrong_partners_are_refused(tiny, hybrid, checkpoints, tmp_path):
     assert (tmp_path / "taken" / "precious.txt").read_text() == "mine"
 
 
+def test_a_healing_replaces_healings_alone(tiny, tmp_path):
+    hybrid, other = (convert.run(tiny, Plan(layers=LAYERS), out=tmp_path / name) for name in ("hybrid", "other"))
+    before = digest(hybrid)
+    for out, message in ((hybrid, "is what is read"), (tiny, "is what is read"), (other, "is no healed model")):
+        with pytest.raises(UsageError, match=message):
+            heal.run(hybrid, tiny, SETTINGS, out=out)
+    assert digest(hybrid) == digest(other) == before
+
+
 def test_a_plan_that_keeps_everything_heals_to_itself(tiny, tmp_path):
     same = convert.run(tiny, Plan(layers=[FULL] * 4), out=tmp_path / "same")
     found = heal.run(same, tiny, SETTINGS, out=tmp_path / "healed")
@@ -681,13 +690,22 @@ def test_schedule_warms_up_and_decays():
 
 
 @pytest.mark.parametrize(
-    ("written", "tokens"), [("200k", 200_000), ("10M", 10_000_000), (5, 5), ("1_000", 1_000), ("0.5M", 500_000)]
+    ("written", "tokens"),
+    [
+        ("200k", 200_000),
+        ("10M", 10_000_000),
+        (5, 5),
+        ("1_000", 1_000),
+        ("0.5M", 500_000),
+        ("1,500,000", 1_500_000),
+        ("1,500.5k", 1_500_500),
+    ],
 )
 def test_token_counts_as_people_write_them(written, tokens):
     assert heal.Config(tokens=written).tokens == tokens
 
 
-@pytest.mark.parametrize("written", ["many", "10MB", "-5", 0, "nan", "k"])
+@pytest.mark.parametrize("written", ["many", "10MB", "-5", 0, "nan", "k", "1,5M", "10,5k", "1,0000"])
 def test_wrong_token_counts(written):
     with pytest.raises(ValueError, match="tokens"):
         heal.Config(tokens=written)

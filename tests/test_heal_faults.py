@@ -185,6 +185,25 @@ def test_states_of_other_settings_make_room(tmp_path):
     assert {path.suffix for path in (tmp_path / "step-000080").iterdir()} == {".safetensors", ".json"}
 
 
+def test_states_that_will_go_are_named(tiny, hybrid, tmp_path, monkeypatch, capsys):
+    """So that nobody who forgot a setting finds out after hours that all began anew."""
+    real = Healer.backward
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Healer, "backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "healed")
+    assert [step for step, _ in steps(tmp_path / "healed-steps")] == [1]
+    capsys.readouterr()
+    heal.run(hybrid, tiny, settings_with(rank=3), out=tmp_path / "healed")
+    said = "states of a healing with other settings or data, at step 1; this one begins anew"
+    assert said in "".join(capsys.readouterr())
+
+
 # -------------------------------------------------------------------------------------------------------- signals
 
 

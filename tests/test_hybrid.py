@@ -453,10 +453,12 @@ def test_packed_sequences_do_not_see_one_another(tiny):
     for name in ("window all", "mixed", "sinks"):
         hybrid = hybrid_of(tiny, name)
         alone = torch.cat([hybrid(row).logits for row in rows], 1)
-        together = hybrid(packed, position_ids=positions, use_cache=False).logits
-        torch.testing.assert_close(together, alone, **CLOSE)
-    with pytest.raises(ValueError, match="linear_attention takes one sequence per row"):
-        hybrid_of(tiny, "lolcats all")(packed, position_ids=positions, use_cache=False)
+        for use_cache in (False, None, True):  # which stock models heed, and then let sequences see one another
+            together = hybrid(packed, position_ids=positions, use_cache=use_cache).logits
+            torch.testing.assert_close(together, alone, **CLOSE)
+    for use_cache in (False, None):
+        with pytest.raises(ValueError, match="linear_attention takes one sequence per row"):
+            hybrid_of(tiny, "lolcats all")(packed, position_ids=positions, use_cache=use_cache)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import layerboost  # noqa: F401, teaches transformers the hybrids
-from layerboost import analyze, heal, pipeline
-from layerboost.errors import EnvironmentTrouble, PlanError, UsageError
+from layerboost import analyze, evaluate, heal, pipeline, plan
+from layerboost.errors import EnvironmentTrouble, LayerBoostError, PlanError, UsageError
 from layerboost.estimate import count_parameters, estimate
 from layerboost.model.loading import read_config
 from layerboost.recipe import Recipe, load_recipe, shipped
@@ -123,7 +123,44 @@ def test_a_second_run_does_nothing_again(finished, tiny, recipe):
     pipeline.run(tiny, recipe, out=out)
     after = stamps(out)
     again = {name for name in FILES if before[name] != after[name]}
-    assert again == {"recipe.yaml", "result.json", "report.html"}
+    assert again == {"result.json", "report.html"}
+
+
+def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3  # a good one\n")
+    pipeline._keep(load_recipe(path), path)
+    assert "a good one" in path.read_text()
+    for text in (path.read_text(), "seed: [", "no_such_key: 1"):
+        path.write_text(text)
+        pipeline._keep(load_recipe("default", ["seed=4"]), path)
+        assert load_recipe(path).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("plan.device_profile=h1000", "h1000"),
+        ("heal.text=/nonexistent", "/nonexistent"),
+        ("heal.data=[{kind: chat, path: nope.jsonl}]", "nope.jsonl"),
+        ("plan.mixer={mixer: no_attention}", "mixer is for the planners uniform and periodic"),
+        ("plan.weights={nonsense: 1}", "greedy measures text_kl"),
+        ("plan.weights={text_kl: 0}", "at least one metric needs a weight above 0"),
+        ("plan.weights={text_kl: -1}", "text_kl"),
+        ("plan.measuring.length=99999", "length 99999 is more than the model's context"),
+        ("analyze.length=99999", "length 99999 is more than the model's context"),
+        ("evaluate.length=99999", "length 99999 is more than the model's context"),
+        ("heal.length=99999", "length 99999 is more than the model's context"),
+        ("heal.tokens=3", "3 tokens are less than one sequence"),
+        ("bench.context=99999", "context 99999 with"),
+        ("evaluate.tasks=[no_such_task]", "no_such_task"),
+    ],
+)
+def test_slips_of_later_stages_are_found_before_the_first(tiny, tmp_path, setting, message):
+    settings = [*SMALL, "plan.throughput=1.1", setting]
+    with pytest.raises(LayerBoostError, match=message):
+        pipeline.run(tiny, load_recipe("default", settings), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_what_depends_on_a_change_is_done_again(finished, tiny, capsys):
@@ -375,3 +412,17 @@ class TestRecipe:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(shared.resolved()))
         again = load_recipe(tmp_path / "recipe.yaml").section(heal.Config, "heal")
         assert (again.seed, again.text) == (3, tmp_path)
+        other = load_recipe(tmp_path / "recipe.yaml", ["seed=9"])
+        assert other.section(heal.Config, "heal").seed == other.section(plan.Config, "plan").seed == 9
+
+    def test_what_one_verb_says_otherwise_stays_its_own(self, tmp_path):
+        recipe = load_recipe("default", ["seed=3", "heal.seed=0", "evaluate.device=cpu"])
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved()))
+        again = load_recipe(tmp_path / "recipe.yaml", ["seed=9"])
+        assert again.section(heal.Config, "heal").seed == 0
+        assert again.section(evaluate.Config, "evaluate").device == "cpu"
+        assert again.section(plan.Config, "plan").device == "auto"
+
+    def test_a_section_without_keys_is_the_default(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("analyze:\n  # windows: [16]\nheal: {rank: 8}\n")
+        assert load_recipe(tmp_path / "mine.yaml").resolved() == load_recipe(None, ["heal.rank=8"]).resolved()

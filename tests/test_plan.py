@@ -698,7 +698,7 @@ class TestPilots:
             self.run(tiny, None)
 
 
-def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, monkeypatch):
+def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, tmp_path, monkeypatch):
     splits = []
 
     def spy(*args, split, **kwargs):
@@ -709,15 +709,17 @@ def test_pilots_are_healed_and_judged_on_the_validation_split(tiny, monkeypatch)
     monkeypatch.setattr("layerboost.evaluate.samples", lambda *_, **__: pytest.fail("the held-out split is for later"))
     config = plan.Config(pilots=2, pilot_tokens=512, weights=WEIGHTS)
     plans = [[FULL] * 4, [NONE] * 4]
-    heal_briefly = pilot.Pilots(heal.Config())
+    heal_briefly = pilot.Pilots(heal.Config(), tmp_path / "scratch")
     losses = [heal_briefly(tiny, layers, config) for layers in plans]
     assert splits == ["validation"] * 2
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[0] < losses[1]
+    (tmp_path / "scratch" / "healed-steps").mkdir(parents=True)  # of one that was killed
     assert heal_briefly(tiny, plans[1], config) == losses[1]
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
+def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, tmp_path, monkeypatch):
     """By the weights of what is text and of what is not, at the look that is published."""
     ends = [(0.3, 0.9), (0.2, 0.1)]
 
@@ -729,7 +731,7 @@ def test_a_pilot_counts_text_kl_and_what_recall_lacks(tiny, monkeypatch):
     monkeypatch.setattr(pilot.heal, "run", healed)
     weights = {"text_kl": 0.5, "text_nll": 0.25, "copy": 0.25, "needle": 0.5}
     config = plan.Config(pilots=2, pilot_tokens=512, weights=weights)
-    heal_briefly = pilot.Pilots(heal.Config(seed=3))
+    heal_briefly = pilot.Pilots(heal.Config(seed=3), tmp_path / "scratch")
     losses = [heal_briefly(tiny, layers, config) for layers in ([FULL] * 4, [NONE] * 4)]
     assert losses == pytest.approx([0.75 * 0.3 + 0.75 * 0.1, 0.75 * 0.2 + 0.75 * 0.9])
 
@@ -739,20 +741,20 @@ def test_pilots_heal_as_the_plan_that_is_taken_will_be(tiny, tmp_path):
     whole = heal.Config(
         tokens=4_096, rank=5, seed=7, length=256, losses={"forward_kl": 2.0}, signals=tmp_path / "signals"
     )
-    brief = pilot.Pilots(whole).settings(plan.Config(pilots=2, pilot_tokens=512))
+    brief = pilot.brief(whole, plan.Config(pilots=2, pilot_tokens=512))
     assert brief == whole.model_copy(update={"tokens": 512, "signals": None})
-    assert pilot.Pilots(whole).settings(plan.Config(pilots=2, pilot_tokens=128)).length == 128
-    assert pilot.Pilots(whole).settings(plan.Config(pilots=2)).tokens == 4_096  # never longer than the healing itself
+    assert pilot.brief(whole, plan.Config(pilots=2, pilot_tokens=128)).length == 128
+    assert pilot.brief(whole, plan.Config(pilots=2)).tokens == 4_096  # never longer than the healing itself
 
 
-def test_a_plan_is_made_again_when_its_pilots_would_heal_otherwise(tiny):
+def test_a_plan_is_made_again_when_its_pilots_would_heal_otherwise(tiny, tmp_path):
     found, config = sensitivity(TestPilots.FOUND), plan.Config(pilots=2, pilot_tokens=512)
     healings = [heal.Config(), heal.Config(rank=5), heal.Config(data_seed=1), heal.Config(losses={"hidden": 1.0})]
-    made = [plan.inputs(found, config, tiny, pilot.Pilots(healing)) for healing in healings]
+    made = [plan.inputs(found, config, tiny, pilot.Pilots(healing, tmp_path)) for healing in healings]
     assert all(a != b for a, b in itertools.combinations(made, 2))
-    assert plan.inputs(found, config, tiny, pilot.Pilots(heal.Config(tokens=2_048))) == made[0]
+    assert plan.inputs(found, config, tiny, pilot.Pilots(heal.Config(tokens=2_048), tmp_path)) == made[0]
     without = config.model_copy(update={"pilots": 0})
-    assert plan.inputs(found, without, tiny, pilot.Pilots(healings[1])) == plan.inputs(found, without, tiny)
+    assert plan.inputs(found, without, tiny, pilot.Pilots(healings[1], tmp_path)) == plan.inputs(found, without, tiny)
 
 
 def test_a_plan_knows_whether_it_was_edited(tmp_path):

@@ -125,6 +125,16 @@ def test_calibrate_says_what_is_wrong(benches, tmp_path, arguments, code, messag
     assert not (tmp_path / "device.json").exists()
 
 
+def test_calibrate_replaces_devices_alone(benches, tmp_path):
+    before = benches[0].read_bytes()
+    done = invoke("calibrate", benches[0], "--out", benches[0])
+    assert done.exit_code == 2
+    assert "exists and is no device.json of layerboost" in done.output
+    assert benches[0].read_bytes() == before
+    for _ in range(2):
+        assert invoke("calibrate", benches[0], "--out", tmp_path / "device.json").exit_code == 0
+
+
 def test_a_bench_of_transformers_is_not_one_of_vllm(benches, tmp_path):
     bench = load(Bench, benches[0]).model_copy(update={"serving": []})
     save(bench, tmp_path / "bench.json")

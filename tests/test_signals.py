@@ -205,6 +205,8 @@ def test_what_is_no_server_is_said(healer, server, tmp_path):
         of(tmp_path, healer, rows, url="http://127.0.0.1:9")
     with pytest.raises(EnvironmentTrouble, match=r"cannot be reached: .*unknown url type"):
         of(tmp_path, healer, rows, url="127.0.0.1:9")
+    with pytest.raises(EnvironmentTrouble, match=r"cannot be reached: .*unknown url type"):
+        of(tmp_path, healer, rows, url="nowhere")
     handler.names = ("one", "two")
     with pytest.raises(EnvironmentTrouble, match="serves 2 models"):
         of(tmp_path, healer, rows, url=url)

@@ -77,6 +77,8 @@ def test_what_is_no_server_is_said(folder, server):
     handler, url = server
     with pytest.raises(EnvironmentTrouble, match="cannot be reached"):
         verify.run("http://127.0.0.1:9", folder)
+    with pytest.raises(EnvironmentTrouble, match="cannot be reached: Invalid IPv6 URL"):
+        verify.run("http://[::1:8000", folder)
     handler.names = ("one", "two")
     with pytest.raises(EnvironmentTrouble, match="serves 2 models"):
         verify.run(url, folder)

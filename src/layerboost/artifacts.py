@@ -32,13 +32,17 @@ class Record(pydantic.BaseModel):
     )
 
 
+# a comma parts thousands; one that parts decimals would be off by as much
+_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+)(?:e[-+]?\d+)?"
+
+
 def _with_unit(what: str, examples: str, units: dict[str, float], whole: bool = False) -> BeforeValidator:
     """Numbers with a unit, as people write them; what is a number already stays."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        found: Any = re.fullmatch(r"([-+]?[\d_,.]+(?:e[-+]?\d+)?) *([a-z%]*)", value.strip().lower())
+        found: Any = re.fullmatch(rf"({_NUMBER}) *([a-z%]*)", value.strip().lower())
         try:
             number = float(found[1].replace(",", "")) * units[found[2]]
             return round(number) if whole else round(number, 12)
@@ -701,20 +705,20 @@ def load(kind: type[AnyArtifact], path: Path, error: type[LayerBoostError] = Pla
 
 def _kinds(raw: dict[str, Any]) -> list[type[Artifact]]:
     """Artifacts whose keys these are."""
-    found = []
-    for kind in Artifact.__subclasses__():
-        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
-        needed = {"schema", *(name for name, field in fields.items() if field.is_required())}
-        if needed <= set(raw) <= set(fields):
-            found.append(kind)
-    return found
+    return [kind for kind in Artifact.__subclasses__() if _fits(raw, kind)]
 
 
-def _file_name(kind: type[Artifact]) -> str:
+def _fits(raw: dict[str, Any], kind: type[Record]) -> bool:
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    needed = {name for name, field in fields.items() if field.is_required() or name == "schema"}
+    return needed <= set(raw) <= set(fields)
+
+
+def _file_name(kind: type[Record]) -> str:
     return f"{kind.__name__.lower()}.json"
 
 
-def check_output_file(path: Path, kind: type[Artifact]) -> None:
+def check_output_file(path: Path, kind: type[Record]) -> None:
     """Say what is wrong with a place before the work that ends there.
 
     Raises:
@@ -728,7 +732,7 @@ def check_output_file(path: Path, kind: type[Artifact]) -> None:
     if not os.path.lexists(path) or (path.is_file() and not path.stat().st_size):
         return
     try:
-        same = path.is_file() and kind in _kinds(read_json(path))
+        same = path.is_file() and _fits(read_json(path), kind)
     except UsageError:
         same = False
     if not same:

@@ -1,12 +1,13 @@
 """The command line: one command per verb. Results go to stdout and files, progress and troubles to stderr."""
 
+import errno
 import functools
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,10 @@ OutFile = Annotated[Path, typer.Option(help="File to write.")]
 OutFolder = Annotated[Path, typer.Option(help="Folder to write.")]
 
 
+# what these have measured or learned is kept when they are stopped
+_RESUMED = ("analyze", "plan", "heal", "compare", "run", "demo")
+
+
 def verb(function: Callable[..., None]) -> Callable[..., None]:
     return app.command()(troubles(function))
 
@@ -71,8 +76,14 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
             say(f"error: {trouble}")
             raise typer.Exit(trouble.exit_code) from None
         except KeyboardInterrupt:
-            say("interrupted; the same command goes on from here")
+            goes_on = function.__name__ in _RESUMED
+            say(f"interrupted; {'the same command goes on from here' if goes_on else 'nothing was written'}")
             raise typer.Exit(INTERRUPTED) from None
+        except OSError as trouble:
+            if trouble.errno in (None, errno.EPIPE):  # whoever read what is said here has left
+                raise
+            say(f"error: {trouble.filename or 'a file'}: {trouble.strerror}")
+            raise typer.Exit(EnvironmentTrouble.exit_code) from None
         except (MemoryError, RuntimeError) as trouble:
             if not out_of_memory(trouble):
                 raise
@@ -202,7 +213,8 @@ def plan(
     config = configured(plan_verb.Config, settings or [], flags=given)
     check_output_file(out, Plan)
     healing = HealConfig(text=config.text, seed=config.seed, device=config.device)
-    found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=Pilots(healing))
+    pilots_of = Pilots(healing, out.with_name(f".{out.name}-pilot"))
+    found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=pilots_of)
     table = Table("layer", "mixer", "why")
     for index, layer in enumerate(found.layers):
         table.add_row(str(index), layer.label, layer.reason)
@@ -215,10 +227,30 @@ def plan(
         )  # fmt: skip
     _print(front)
     say("F: attention as it was; W and a number: a window of so many tokens; N: no attention")
-    say(f"predicted: {json.dumps(found.predicted)}")
-    if found.measured:
-        say(f"measured: {json.dumps(found.measured)}")
+    for line in _plan_facts(found):
+        say(line)
     say(f"wrote {out}")
+
+
+def _plan_facts(plan: Any) -> Iterator[str]:
+    """What the chosen plan should give, and what was measured of it."""
+    expected, held, measured = plan.predicted, plan.predicted["kv_bytes"], plan.measured
+    share = f" ({expected['kv_share']:.1%})" if expected["kv_share"] is not None else ""
+    yield (
+        f"KV cache of {expected['context']:,} tokens, as {expected['engine']} keeps it: {held['hybrid']:,} of "
+        f"{held['base']:,} bytes{share}"
+    )
+    losses = {"measured on the whole plan": measured.get("loss"), "if damages added up": expected["loss"]}
+    told = [f"{loss:.4f} {how}" for how, loss in losses.items() if loss is not None]
+    if told:
+        yield f"loss: {', '.join(told)}"
+    if "throughput" in expected:
+        yield f"tokens per second over the base's, foretold: {expected['throughput']:.2f}"
+    if expected["receptive_field"] is not None:
+        yield f"looks back {expected['receptive_field']:,} tokens, through all layers together"
+    if "cost" in measured:
+        cost = measured["cost"]
+        yield f"finding it took {_duration(cost['seconds'])} and {cost['forwards']:,.0f} forwards"
 
 
 @verb
@@ -579,10 +611,12 @@ def _dry_run(model: str, recipe: Any, out: Path) -> None:
     from layerboost import pipeline
     from layerboost.artifacts import free_bytes
     from layerboost.estimate import estimate, measure_speed
-    from layerboost.model.loading import find_config, is_local, pick_device
+    from layerboost.model.loading import find_config, find_model, is_local, pick_device
 
     pipeline.check_place(out)
     config = find_config(model)
+    if is_local(model):
+        pipeline.check_settings(find_model(model), recipe, out)
     found = estimate(config, recipe, measure_speed(pick_device(recipe.device), config.hidden_size))
     files = {
         "analyze": "sensitivity.json", "plan": "plan.json", "convert": "hybrid/", "heal": "healed/",

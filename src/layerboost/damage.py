@@ -3,15 +3,25 @@
 L layers, C candidates of a layer, R resamples.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from layerboost.artifacts import Candidate, Damage, Sensitivity
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan
 
 DEFAULT_WEIGHTS = {"text_kl": 0.6, "recall_kl": 0.4}
+
+
+def _weighs(weights: dict[str, float]) -> dict[str, float]:
+    if not sum(weights.values()):
+        raise ValueError("at least one metric needs a weight above 0")
+    return weights
+
+
+Weights = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_weighs)]
 _RESAMPLES = 1_000
 # of layers that differ by less than rounding, nothing can be said
 _SAME = 1e-6

@@ -15,7 +15,7 @@ from layerboost.layer_plan import full_plan
 from layerboost.model.config import family_of, stock_class
 from layerboost.model.families import anatomy_of
 from layerboost.model.loading import pick_device
-from layerboost.pilot import Pilots
+from layerboost.pilot import brief
 from layerboost.recipe import Recipe
 from layerboost.scoring import CHUNK_ELEMENTS
 
@@ -61,7 +61,7 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     work = {
         "analyze": forward * looked_at * (1 + suffixes),
         "plan": forward * measured * planned.measuring.naive_passes * (1 + layers * mixers) * searched
-        + planned.pilots * healing_flops(config, Pilots(healing).settings(planned)),
+        + planned.pilots * healing_flops(config, brief(healing, planned)),
         "convert": 0.0,
         "heal": healing_flops(config, healing),
         "evaluate": forward * scored * 3,

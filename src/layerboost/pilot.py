@@ -1,11 +1,13 @@
 """Pilot healing: rankings of plans can change when they are healed, so the best few are healed briefly and compared."""
 
-import tempfile
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerboost import convert, heal, plan
-from layerboost.artifacts import Plan, save, text_digest
+from layerboost.artifacts import Plan, text_digest
 from layerboost.layer_plan import LayerPlan
 
 
@@ -15,9 +17,11 @@ class Pilots:
 
     Attributes:
         healing: how the plan that is taken will be healed.
+        scratch: folder of the checkpoints in between; not there before and after.
     """
 
     healing: heal.Config
+    scratch: Path
 
     def __call__(self, model: Path, layers: list[LayerPlan], config: plan.Config) -> float:
         """Weighted loss after a few tokens of healing, on the validation split.
@@ -27,19 +31,28 @@ class Pilots:
         """
         text = sum(weight for metric, weight in config.weights.items() if metric.startswith("text"))
         rest = sum(config.weights.values()) - text
-        with tempfile.TemporaryDirectory() as scratch:
-            planned, hybrid = Path(scratch) / "plan.json", Path(scratch) / "hybrid"
-            save(Plan(layers=layers), planned)
-            convert.run(model, planned, out=hybrid)
-            best = heal.run(hybrid, model, self.settings(config), out=Path(scratch) / "healed").best
+        with self._emptied():
+            convert.run(model, Plan(layers=layers), out=self.scratch / "hybrid")
+            healing = brief(self.healing, config)
+            best = heal.run(self.scratch / "hybrid", model, healing, out=self.scratch / "healed").best
         return text * best.kl + rest * (1 - best.recall)
 
-    def settings(self, config: plan.Config) -> heal.Config:
-        """Those of the healing, for a pilot's tokens; kept signals are of the whole healing's sequences."""
-        tokens = min(config.pilot_tokens, self.healing.tokens)
-        own = {"tokens": tokens, "length": min(self.healing.length, tokens), "signals": None, "signals_from": None}
-        return self.healing.model_copy(update=own)
+    @contextlib.contextmanager
+    def _emptied(self) -> Iterator[None]:
+        """Also of what a pilot that was killed has left."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def digest(self, model: Path, config: plan.Config) -> str:
         """Of all that decides how a plan of this model is healed."""
-        return text_digest(heal.data_and_settings(model, self.settings(config)))
+        return text_digest(heal.data_and_settings(model, brief(self.healing, config)))
+
+
+def brief(healing: heal.Config, config: plan.Config) -> heal.Config:
+    """The healing for a pilot's tokens; kept signals are of the whole healing's sequences."""
+    tokens = min(config.pilot_tokens, healing.tokens)
+    own = {"tokens": tokens, "length": min(healing.length, tokens), "signals": None, "signals_from": None}
+    return healing.model_copy(update=own)

@@ -1,5 +1,6 @@
 """The spine: the verbs in order, each skipped while what it was made from is unchanged."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from layerboost.artifacts import (
     save,
     write_text,
 )
+from layerboost.cost.device import find_device
+from layerboost.data.samples import sequence_length
 from layerboost.errors import UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
@@ -34,8 +37,9 @@ from layerboost.model.loading import describe, find_model, read_config
 from layerboost.pilot import Pilots
 from layerboost.progress import say
 from layerboost.provenance import command, provenance
-from layerboost.recipe import Recipe
+from layerboost.recipe import Recipe, load_recipe
 from layerboost.tasks import load_tasks
+from layerboost.vllm import require_vllm
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,15 @@ def stages(model: str | Path, folder: Path, recipe: Recipe, out: Path) -> list[S
     analyzing, planning = recipe.section(analyze.Config, "analyze"), recipe.section(plan.Config, "plan")
     healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
     benching = recipe.section(bench.Config, "bench")
+    pilots = Pilots(healing, out / ".pilot")
     return [
         Stage(
             "analyze", sensitivity, lambda: analyze.inputs(record, folder, analyzing),
             lambda path: analyze.run(model, analyzing, out=path),
         ),
         Stage(
-            "plan", planned, lambda: plan.inputs(load(Sensitivity, sensitivity), planning, folder, Pilots(healing)),
-            lambda path: plan.run(sensitivity, planning, model=model, out=path, pilot=Pilots(healing)),
+            "plan", planned, lambda: plan.inputs(load(Sensitivity, sensitivity), planning, folder, pilots),
+            lambda path: plan.run(sensitivity, planning, model=model, out=path, pilot=pilots),
         ),
         Stage(
             "convert", hybrid, lambda: convert.inputs(record, folder, load(Plan, planned)),
@@ -110,12 +115,10 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     """
     check_place(out)
     folder = find_model(model)
+    check_settings(folder, recipe, out)
     check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
-    evaluating = recipe.section(evaluate.Config, "evaluate")
-    if not (out / "evaluation.json").exists():
-        load_tasks(evaluating.tasks, evaluating.task_folder)  # or a slip would be found hours later
     with lock(out):
-        write_text(out / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False))
+        _keep(recipe, out / "recipe.yaml")
         for stage in stages(model, folder, recipe, out):
             if stage.is_current():
                 say(f"{stage.verb}: {stage.path} is current")
@@ -132,12 +135,42 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     return found
 
 
+def _keep(recipe: Recipe, path: Path) -> None:
+    """Beside the results; a file that says the same already is somebody's own, with comments."""
+    wanted = recipe.resolved()
+    with contextlib.suppress(UsageError):
+        if load_recipe(path).resolved() == wanted:
+            return
+    write_text(path, yaml.safe_dump(wanted, sort_keys=False))
+
+
 def check_place(out: Path) -> None:
     """Raises UsageError where a run cannot be."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder")
     for name in ("hybrid", "healed"):
         check_output_folder(out / name)
+
+
+def check_settings(folder: Path, recipe: Recipe, out: Path) -> None:
+    """Raises for slips in the settings of later stages, which would else be found hours later."""
+    context = read_config(folder).max_position_embeddings
+    planning = recipe.section(plan.Config, "plan")
+    plan.settled(planning, planning.planner or "greedy")
+    if planning.throughput is not None and planning.device_profile != "here":
+        find_device(planning.device_profile)
+    healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
+    benching = recipe.section(bench.Config, "bench")
+    for looking in (recipe.section(analyze.Config, "analyze"), planning.measuring, evaluating):
+        sequence_length(looking, context)
+    heal.sequences(healing, context)
+    heal.data_and_settings(folder, healing)
+    if not (out / "evaluation.json").exists():
+        load_tasks(evaluating.tasks, evaluating.task_folder)
+    if benching.engine == "vllm":
+        require_vllm()
+    else:
+        bench.context_of(benching, context)
 
 
 def still_to_do(model: str | Path, recipe: Recipe, *, out: Path) -> list[str]:

@@ -11,7 +11,18 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from layerboost import cost
-from layerboost.artifacts import Bench, Load, Plan, Record, ServingCell, WholeBytes, load, to_json, write_text
+from layerboost.artifacts import (
+    Bench,
+    Load,
+    Plan,
+    Record,
+    ServingCell,
+    WholeBytes,
+    check_output_file,
+    load,
+    to_json,
+    write_text,
+)
 from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Work, work_of
 from layerboost.errors import UsageError
@@ -149,10 +160,12 @@ def calibrate_on(benches: Sequence[Path], cells: str | None, clock: str, *, out:
         clock: `seconds` or `cpu_seconds`.
 
     Raises:
-        UsageError: files that are not benches of vLLM, or numbers that are not theirs.
+        UsageError: files that are not benches of vLLM, or numbers that are not theirs; something else than a device
+            stands in the place.
     """
     if clock not in ("seconds", "cpu_seconds"):
         raise UsageError(f"clock must be seconds or cpu_seconds, found {clock!r}")
+    check_output_file(out, Device)
     measured = [
         (f"{path.stem}: {_cell_name(cell)}", cell, _both(bench, cell, clock))
         for path, bench in ((path, _bench(path)) for path in benches)

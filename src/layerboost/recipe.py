@@ -18,6 +18,7 @@ from layerboost.plan import Config as PlanConfig
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 _SHARED = ("text", "seed", "device")
+_VERBS = ("analyze", "plan", "heal", "evaluate", "bench")
 
 
 class Recipe(Record):
@@ -42,9 +43,13 @@ class Recipe(Record):
         return validate(kind, raw, f"recipe: {verb}", UsageError)
 
     def resolved(self) -> dict[str, Any]:
-        """Every verb's settings in full, as plain values that read back to the same."""
-        verbs = ("analyze", "plan", "heal", "evaluate", "bench")
-        return {verb: self.section(type(getattr(self, verb)), verb).model_dump(mode="json") for verb in verbs}
+        """Every verb's settings in full, as plain values that read back to the same; what all share stands on top."""
+        shared = self.model_dump(mode="json", include=set(_SHARED))
+        found: dict[str, Any] = dict(shared)
+        for verb in _VERBS:
+            own = self.section(type(getattr(self, verb)), verb).model_dump(mode="json")
+            found[verb] = {key: value for key, value in own.items() if key not in shared or value != shared[key]}
+        return found
 
 
 def shipped() -> list[str]:
@@ -78,6 +83,7 @@ def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
         raw = {}
     if not isinstance(raw, dict):
         raise UsageError(f"recipe {name} must hold keys and values, found {type(raw).__name__}")
+    raw = {key: {} if value is None and key in _VERBS else value for key, value in raw.items()}
     return configured(Recipe, overrides, raw, where=f"recipe {name}")
 
 

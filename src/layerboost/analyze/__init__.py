@@ -27,7 +27,7 @@ from layerboost.artifacts import (
     file_digest,
     save,
 )
-from layerboost.damage import DEFAULT_WEIGHTS, damages, levels, ranking, resampled_losses
+from layerboost.damage import DEFAULT_WEIGHTS, Weights, damages, levels, ranking, resampled_losses
 from layerboost.data.samples import TEXT, DataConfig, data_inputs
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, UsageError
@@ -95,7 +95,7 @@ class Config(DataConfig):
     task_folder: Path | None = None
     estimators: list[ESTIMATOR] = Field(list(ESTIMATORS))
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
+    weights: Weights = DEFAULT_WEIGHTS
     until_resolved: bool = False
     kv_reduction: Share | None = None
     max_tokens: Tokens = 1_000_000

@@ -135,7 +135,7 @@ def _measure(pair: Pair, base_config: PreTrainedConfig, config: Config, out: Pat
 
 
 def _on_transformers(pair: Pair, base_config: PreTrainedConfig, config: Config) -> Bench:
-    context = _context(config, base_config.max_position_embeddings)
+    context = context_of(config, base_config.max_position_embeddings)
     device = pick_device(config.device)
     models = {"base": _model(pair, pair.base, device), "healed": _model(pair, pair.hybrid, device)}
     seconds = transformers_engine.measure(
@@ -210,7 +210,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
     return (model_class if is_hybrid(config) else stock_class)(family_of(config))
 
 
-def _context(config: Config, longest: int) -> int:
+def context_of(config: Config, longest: int) -> int:
     context = config.context or min(longest, 1_024)
     if context > longest or config.new_tokens >= context:
         raise DataError(

@@ -39,7 +39,7 @@ from layerboost.artifacts import (
     write_text,
 )
 from layerboost.compare.tables import figures, markdown
-from layerboost.damage import DEFAULT_WEIGHTS, damages
+from layerboost.damage import DEFAULT_WEIGHTS, Weights, damages
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import samples
@@ -121,7 +121,7 @@ class Job(Record):
     selectors: list[str] = Field([name for name in SELECTORS if name != _PAPER])
     replacements: list[str] = Field(list(OPERATORS))
     replacement_window: int = Field(16, ge=1)
-    weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
+    weights: Weights = DEFAULT_WEIGHTS
     texts: int = Field(64, ge=2)
     answers: int = Field(100, ge=2)
     analyze: AnalyzeConfig = AnalyzeConfig()
@@ -290,7 +290,7 @@ class Bout:
             update={"layers": [[c for c in own if c.plan.label in kept] for own in self.sensitivity.layers]}
         )
         path = self.folder / "plans" / f"{name.replace(' ', '-').replace('+', '-')}.json"
-        pilots = Pilots(self.job.heal.model_copy(update={"seed": self.seed}))
+        pilots = Pilots(self.job.heal.model_copy(update={"seed": self.seed}), self.folder / ".pilot")
         wanted = plan.inputs(allowed, config, self.base, pilots)
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +336,11 @@ class Bout:
         path = self.folder / "trials" / f"{digest}.json"
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save(self._healed(chosen, healing, wanted, path.with_suffix(".work")), path)
+            # what is there already was made with these settings, or is not looked at
+            work = path.with_name(f"{digest}-{text_digest(wanted)[:8]}.work")
+            for other in {*path.parent.glob(f"{digest}*.work")} - {work}:
+                shutil.rmtree(other)
+            save(self._healed(chosen, healing, wanted, work), path)
         return digest, load(Trial, path)
 
     def _healed(self, chosen: Plan, healing: HealConfig, wanted: dict[str, str], work: Path) -> Trial:

@@ -115,7 +115,10 @@ def schedule(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int)
 def _check_fits(layout: KVLayout, blocks: int, load: Load, max_batched_tokens: int) -> None:
     """Raises DataError if one request alone needs more blocks than there are."""
     tokens = load.prompt_tokens + load.output_tokens
-    needed = layout.blocks(max(0, load.prompt_tokens - max_batched_tokens), tokens)
+    needed = max(
+        layout.blocks(max(0, load.prompt_tokens - max_batched_tokens), tokens),
+        layout.admission_blocks(tokens - 1, max_batched_tokens),  # again, with all that it has, if it lost its own
+    )
     if needed > blocks - 1:
         raise DataError(
             f"one request of {tokens} tokens needs {needed} blocks of {layout.block_bytes:,} bytes, the cache has "

@@ -24,6 +24,7 @@ from layerboost.data.sources import (
 )
 from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import tokenizer_digest
+from layerboost.progress import say
 
 TEXT = "text"
 _SEEDS = {"train": 11, "validation": 12, "held_out": 13}
@@ -85,6 +86,8 @@ def samples(
             f"text {corpus.name}: its {split} split holds {len(text)} sequences of {length} tokens, at least 2 are "
             "needed; give more text or a shorter length"
         )
+    if len(text) < texts:
+        say(f"text {corpus.name}: its {split} split holds {len(text)} sequences of {length} tokens, not {texts}")
     check_vocabulary(text.tokens, vocabulary)
     maker = probe_maker(corpus, tokenizer, vocabulary, split=split, length=length, seed=seed)
     return {TEXT: text} | {
@@ -253,17 +256,17 @@ def probe_lengths(length: int, distance: int | None, windows: Sequence[int], con
     """
     widest = max(windows, default=0)
     if distance is not None:
-        if distance < widest:
+        if distance <= widest:
             raise DataError(
                 f"probe distance {distance} is within a window of {widest}, so the probes would not notice what the "
-                f"window loses; choose a distance of at least {widest}"
+                f"window loses; choose a distance of at least {widest + 1}"
             )
         return length, distance
     if widest > length // 2:
         length = 4 * widest
     length = min(length, context)
-    distance = max(length // 2, min(widest, length - 24))
-    if length < 64 or distance < widest:
+    distance = max(length // 2, min(widest + 1, length - 24))
+    if length < 64 or distance <= widest:
         raise DataError(
             f"the model's context of {context} tokens is too short for probes beyond a window of {widest}; choose "
             "narrower windows"

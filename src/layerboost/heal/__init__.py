@@ -10,7 +10,16 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from layerboost.artifacts import HEALING, Healing, Tokens, check_output_folder, lock, text_digest, to_json
+from layerboost.artifacts import (
+    HEALING,
+    Healing,
+    Tokens,
+    check_output_folder,
+    lock,
+    recorded_inputs,
+    text_digest,
+    to_json,
+)
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length, training_rows
 from layerboost.data.sources import Source, cache_folder, sources_digest
@@ -148,6 +157,18 @@ def data_and_settings(teacher: Path, config: Config) -> dict[str, str]:
     return found | ({"data": sources_digest(config.data)} if config.data else {})
 
 
+def sequences(config: Config, context: int) -> tuple[int, int]:
+    """Tokens of a sequence, and how many sequences, for a model's context.
+
+    Raises:
+        DataError: a length beyond the context, or too few tokens for one sequence.
+    """
+    length = sequence_length(config, context)
+    if config.tokens < length:
+        raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")
+    return length, config.tokens // length
+
+
 def run(
     hybrid: str | Path,
     teacher: str | Path,
@@ -167,7 +188,8 @@ def run(
 
     Raises:
         CheckpointError: a model cannot be read, or the hybrid was not converted from this teacher.
-        UsageError: losses, targets or devices that do not fit the model, the plan or the machine.
+        UsageError: losses, targets or devices that do not fit the model, the plan or the machine; something else than
+            a healed model stands in the place.
         DataError: too little data.
         TrainingError: loss or weights are not finite; nothing is published.
         EnvironmentTrouble: memory or disk run out; the states saved so far are intact.
@@ -175,8 +197,12 @@ def run(
     """
     config = config or Config()
     out = out.absolute()
-    check_output_folder(out)
     student_folder, folder = find_model(hybrid), find_model(teacher)
+    if out.resolve() in (student_folder.resolve(), folder.resolve()):
+        raise UsageError(f"{out} is what is read; name another --out")
+    check_output_folder(out)
+    if recorded_inputs(out) is not None and not (out / HEALING).exists():
+        raise UsageError(f"{out} is no healed model, and would be replaced; name another --out, or remove it")
     base_config = read_config(folder)
     layers = plan_of(read_config(student_folder), student_folder)
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
@@ -270,10 +296,7 @@ def check_same_weights(
 def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teacher: str) -> tuple[Rows, Validation]:
     model, tokenizer = healer.model, load_tokenizer(folder)
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
-    length = sequence_length(config, context)
-    count = config.tokens // length
-    if not count:
-        raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")
+    length, count = sequences(config, context)
     corpus = open_corpus(config.text)
     seed = config.seed if config.data_seed is None else config.data_seed
     packed = all(plan.mixer != "linear_attention" for plan in healer.layers)  # whose state is of one sequence per row

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerboost.data.sequences import Sequences
 from layerboost.errors import EnvironmentTrouble, TrainingError, out_of_memory
-from layerboost.heal.checkpoint import load_step, newest, save_step
+from layerboost.heal.checkpoint import load_step, newest, save_step, steps
 from layerboost.heal.recovery import Recovery, Validation, looks
 from layerboost.heal.signals import NO_SIGNAL
 from layerboost.heal.student import Counts, Healer
@@ -105,6 +105,11 @@ class _Run:
             self.done, self.skipped = state["step"], state["skipped"]
             self.limit = state["limit"] if config.micro_batch is None else None  # which is asked for, and tried
             self.recovery.restore(state["recovery"])
+        elif self.rank == 0 and steps(folder):
+            say(
+                f"{folder} holds states of a healing with other settings or data, at step {steps(folder)[-1][0]}; this "
+                "one begins anew, and they go as soon as it saves its first"
+            )
 
     def all(self) -> Outcome:
         saved, cost = time.monotonic(), 0.0

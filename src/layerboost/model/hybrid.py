@@ -77,10 +77,14 @@ class MixedBase:
             )
         if kwargs.get("output_attentions") and not untouched:
             raise ValueError("output_attentions: mixers other than full attention have no attention weights to give")
+        packed = None
+        if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past is None:
+            packed = find_packed_sequence_indices(position_ids)
         checkpointing = self.training and getattr(self, "gradient_checkpointing", False)  # type: ignore[attr-defined]
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
-        use_cache = use_cache and not checkpointing
+        # nothing can follow rows that hold several sequences, and a cache would make one of them
+        use_cache = use_cache and not checkpointing and packed is None
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         if past is not None:
@@ -95,9 +99,6 @@ class MixedBase:
                 use_cache=use_cache,
                 **kwargs,
             )
-        packed = None
-        if position_ids is not None and position_ids.ndim == 2 and attention_mask is None and past is None:
-            packed = find_packed_sequence_indices(position_ids)
         reads_a_mask = any(layer.mixer == "full_attention" for layer in plan)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,

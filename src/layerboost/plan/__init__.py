@@ -27,10 +27,11 @@ from layerboost.artifacts import (
     Tokens,
     WholeBytes,
     load,
+    read_json,
     save,
     text_digest,
 )
-from layerboost.damage import DEFAULT_WEIGHTS, candidate_loss, damages, predicted_loss, reason, weighted
+from layerboost.damage import DEFAULT_WEIGHTS, Weights, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length
@@ -140,7 +141,7 @@ class Config(DataConfig):
     output_tokens: int = Field(256, ge=1)
     kv_memory: WholeBytes | None = None
     at_least: AtLeast = AtLeast()
-    weights: dict[str, float] = Field(DEFAULT_WEIGHTS, min_length=1)
+    weights: Weights = DEFAULT_WEIGHTS
     tiers: Tiers = Tiers()
     mixer: LayerPlan | None = None
     measuring: Measuring = Measuring()
@@ -171,6 +172,8 @@ def inputs(
         "sensitivity": text_digest(sensitivity.model_dump(mode="json", exclude={"provenance", "costs"})),
         "settings": text_digest(config.model_dump(mode="json", exclude={"device", "text"})),
     }
+    if config.throughput is not None and Path(config.device_profile).is_file():
+        found["device"] = text_digest(read_json(Path(config.device_profile)))
     if model is not None:
         found |= {key: value for key, value in data_inputs(model, config).items() if key != "settings"}
         if config.pilots and pilot is not None:
@@ -214,7 +217,7 @@ def run(
     check(sensitivity)
     folder = None if model is None else find_model(model)
     planner = asked.planner or ("milp" if folder is None else "greedy")
-    config = _settled(asked, planner)
+    config = settled(asked, planner)
     model_config = None
     if folder is not None:
         model_config = read_config(folder)
@@ -238,7 +241,7 @@ def run(
     return plan
 
 
-def _settled(config: Config, planner: PLANNER) -> Config:
+def settled(config: Config, planner: PLANNER) -> Config:
     """With the planner, and with the default budget where none was given.
 
     Raises:
@@ -255,10 +258,15 @@ def _settled(config: Config, planner: PLANNER) -> Config:
         )
     if config.max_loss is not None and planner not in ("greedy", "milp"):
         raise PlanError(f"planner {planner} knows no max_loss; use greedy or milp, or another budget")
-    settled: dict[str, Any] = {"planner": planner}
+    unknown = [metric for metric in config.weights if metric not in _MEASURED]
+    if planner == "greedy" and unknown:
+        raise PlanError(
+            f"greedy measures {', '.join(_MEASURED)}, not {unknown[0]}; choose other weights, or planner milp"
+        )
+    found: dict[str, Any] = {"planner": planner}
     if not config.has_budget and not cut:
-        settled["kv_reduction"] = DEFAULT_KV_REDUCTION
-    return config.model_copy(update=settled)
+        found["kv_reduction"] = DEFAULT_KV_REDUCTION
+    return config.model_copy(update=found)
 
 
 def _milp(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -> Found:
@@ -284,11 +292,6 @@ def _random(sensitivity: Sensitivity, budget: Budget, config: Config, *_: Any) -
 
 
 def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None, kept: Measured) -> Found:
-    unknown = [metric for metric in config.weights if metric not in _MEASURED]
-    if unknown:
-        raise PlanError(
-            f"greedy measures {', '.join(_MEASURED)}, not {unknown[0]}; choose other weights, or planner milp"
-        )
     started = time.monotonic()
     model = _model(config, folder)
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
@@ -414,7 +417,8 @@ def _piloted(
     if len(ranked) < 2:
         say("pilots: only one plan at the budget is known, so there is nothing to compare")
         return found
-    keys = [kept.key("pilot", pilot.digest(folder, config), config.weights, labels) for labels in ranked]
+    how = pilot.digest(folder, config)
+    keys = [kept.key("pilot", how, config.weights, labels) for labels in ranked]
     for number, (key, labels) in enumerate(zip(keys, ranked, strict=True), 1):
         if key not in kept:
             say(f"pilot {number} of {len(ranked)}")

@@ -90,8 +90,8 @@ def exchange(
         EnvironmentTrouble: nothing answers there, or what answers is an error or no JSON.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             return json.load(response)
     except urllib.error.HTTPError as trouble:
