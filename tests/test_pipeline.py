@@ -424,5 +424,7 @@ class TestRecipe:
         assert again.section(plan.Config, "plan").device == "auto"
 
     def test_a_section_without_keys_is_the_default(self, tmp_path):
-        (tmp_path / "mine.yaml").write_text("analyze:\n  # windows: [16]\nheal: {rank: 8}\n")
-        assert load_recipe(tmp_path / "mine.yaml").resolved() == load_recipe(None, ["heal.rank=8"]).resolved()
+        for name, text in (("mine", "analyze:\n  # windows: [16]\nheal: {rank: 8}\n"), ("short", "heal: {rank: 8}")):
+            (tmp_path / f"{name}.yaml").write_text(text)
+        mine, short = (load_recipe(tmp_path / f"{name}.yaml").resolved() for name in ("mine", "short"))
+        assert mine == short
