@@ -66,7 +66,9 @@ def test_a_slip_in_a_task_is_found_before_any_work(tiny, tmp_path):
     with only_own_tasks(tmp_path / "datasets"), pytest.raises(UsageError, match="did you mean choose"):
         pipeline.run(
             tiny,
-            load_recipe("paper", ["evaluate.tasks=[chose]", f"evaluate.task_folder={small_tasks(tmp_path)}"]),
+            load_recipe(
+                "paper", ["heal.length=64", "evaluate.tasks=[chose]", f"evaluate.task_folder={small_tasks(tmp_path)}"]
+            ),
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()

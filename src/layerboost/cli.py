@@ -611,12 +611,11 @@ def _dry_run(model: str, recipe: Any, out: Path) -> None:
     from layerboost import pipeline
     from layerboost.artifacts import free_bytes
     from layerboost.estimate import estimate, measure_speed
-    from layerboost.model.loading import find_config, find_model, is_local, pick_device
+    from layerboost.model.loading import find_config, is_local, pick_device
 
     pipeline.check_place(out)
     config = find_config(model)
-    if is_local(model):
-        pipeline.check_settings(find_model(model), recipe, out)
+    pipeline.check_settings(config, recipe)
     found = estimate(config, recipe, measure_speed(pick_device(recipe.device), config.hidden_size))
     files = {
         "analyze": "sensitivity.json", "plan": "plan.json", "convert": "hybrid/", "heal": "healed/",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedConfig
 
 from layerboost import analyze, bench, convert, evaluate, heal, plan
 from layerboost import report as report_verb
@@ -29,7 +30,9 @@ from layerboost.artifacts import (
     write_text,
 )
 from layerboost.cost.device import find_device
+from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import sequence_length
+from layerboost.data.sources import sources_digest
 from layerboost.errors import UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
@@ -115,8 +118,13 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
     """
     check_place(out)
     folder = find_model(model)
-    check_settings(folder, recipe, out)
-    check_space(out, estimate(read_config(folder), recipe).disk_bytes - _bytes_in(out))
+    config = read_config(folder)
+    check_settings(config, recipe)
+    if not (out / "evaluation.json").exists():
+        load_tasks(recipe.evaluate.tasks, recipe.evaluate.task_folder)
+    if recipe.bench.engine == "vllm":
+        require_vllm()
+    check_space(out, estimate(config, recipe).disk_bytes - _bytes_in(out))
     with lock(out):
         _keep(recipe, out / "recipe.yaml")
         for stage in stages(model, folder, recipe, out):
@@ -152,24 +160,23 @@ def check_place(out: Path) -> None:
         check_output_folder(out / name)
 
 
-def check_settings(folder: Path, recipe: Recipe, out: Path) -> None:
-    """Raises for slips in the settings of later stages, which would else be found hours later."""
-    context = read_config(folder).max_position_embeddings
-    planning = recipe.section(plan.Config, "plan")
+def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Raises for slips in the settings of any stage, which would else be found hours later; neither weights nor
+    tokenizer are looked at."""
+    analyzing, planning = recipe.section(analyze.Config, "analyze"), recipe.section(plan.Config, "plan")
+    healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
+    benching = recipe.section(bench.Config, "bench")
+    context = config.max_position_embeddings
+    for looking in (analyzing, planning.measuring, evaluating):
+        sequence_length(looking, context)
+    for reading in (analyzing, planning, healing, evaluating):
+        open_corpus(reading.text)
     plan.settled(planning, planning.planner or "greedy")
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
-    healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
-    benching = recipe.section(bench.Config, "bench")
-    for looking in (recipe.section(analyze.Config, "analyze"), planning.measuring, evaluating):
-        sequence_length(looking, context)
     heal.sequences(healing, context)
-    heal.data_and_settings(folder, healing)
-    if not (out / "evaluation.json").exists():
-        load_tasks(evaluating.tasks, evaluating.task_folder)
-    if benching.engine == "vllm":
-        require_vllm()
-    else:
+    sources_digest(healing.data or [])
+    if benching.engine != "vllm":
         bench.context_of(benching, context)
 
 
