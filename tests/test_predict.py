@@ -107,6 +107,7 @@ def test_calibrate_as_a_command(benches, tmp_path):
     again = invoke("predict", "--shape", "qwen3-4b", "--device", tmp_path / "device.json", "concurrency=10")
     assert again.exit_code == 0, again.output
     assert "an estimate" in again.output
+    assert "the hybrid's layers: 18 W64, 9 F, 9 N" in again.output
 
 
 @pytest.mark.parametrize(

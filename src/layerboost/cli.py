@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -381,6 +382,8 @@ def predict(
     else:
         raise UsageError("name a hybrid, an original and its --plan, or a known shape after --shape")
     _print(_prediction_table(found))
+    counts = Counter(short(layer.label) for layer in found.layers)
+    say(f"the hybrid's layers: {', '.join(f'{count} {label}' for label, count in counts.items())}")
 
 
 @verb

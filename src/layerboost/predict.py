@@ -61,6 +61,7 @@ class Config(Record):
 @dataclass(frozen=True)
 class Outlook:
     model: str
+    layers: list[LayerPlan]
     device: Device
     load: Load
     kv_memory: dict[str, int]
@@ -113,7 +114,7 @@ def outlook(name: str, model: PreTrainedConfig, layers: list[LayerPlan], config:
         work, layout = _counted(model, plan, dtype, block)
         memory[which] = config.kv_memory or cost.cache_memory(work, device)
         found[which] = cost.predict(work, layout, memory[which], asked, device, config.max_batched_tokens)
-    return Outlook(name, device, asked, memory, found["base"], found["hybrid"])
+    return Outlook(name, layers, device, asked, memory, found["base"], found["hybrid"])
 
 
 def _counted(
