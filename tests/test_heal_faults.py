@@ -198,7 +198,10 @@ def test_states_that_will_go_are_named(tiny, hybrid, tmp_path, monkeypatch, caps
         with pytest.raises(KeyboardInterrupt):
             heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "healed")
     assert [step for step, _ in steps(tmp_path / "healed-steps")] == [1]
+    shutil.copytree(tmp_path / "healed-steps", tmp_path / "same-steps")
     capsys.readouterr()
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "same")
+    assert "going on from step 1 of 12" in "".join(capsys.readouterr())
     heal.run(hybrid, tiny, settings_with(rank=3), out=tmp_path / "healed")
     said = "states of a healing with other settings or data, at step 1; this one begins anew"
     assert said in "".join(capsys.readouterr())

@@ -105,6 +105,8 @@ class _Run:
             self.done, self.skipped = state["step"], state["skipped"]
             self.limit = state["limit"] if config.micro_batch is None else None  # which is asked for, and tried
             self.recovery.restore(state["recovery"])
+            if self.rank == 0:
+                say(f"going on from step {self.done} of {self.steps}")
         elif self.rank == 0 and steps(folder):
             say(
                 f"{folder} holds states of a healing with other settings or data, at step {steps(folder)[-1][0]}; this "
