@@ -22,6 +22,13 @@ def folder():
     return find_model("reference")
 
 
+def test_a_folder_of_the_same_name_is_asked_for_as_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()
+    assert find_model("reference") == folder
+    assert find_model("./reference") == find_model(Path("reference")) == Path("reference")
+
+
 def test_shape_and_size(folder):
     assert folder == Path(str(resources.files("layerboost") / "reference"))
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20_000_000

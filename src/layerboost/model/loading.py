@@ -39,16 +39,17 @@ _WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", 
 
 
 def find_model(source: str | Path) -> Path:
-    """The folder of a model: a local one, a download of a hub id, or under `reference` the one that is shipped.
+    """The folder of a model: a local one, a download of a hub id, or under `reference` the one that is shipped; a
+    folder of that name is `./reference`, or a Path.
 
     Raises:
         CheckpointError: neither is there.
     """
     name, path = str(source), Path(source).expanduser()
+    if source == REFERENCE or (name == REFERENCE and not path.is_dir()):
+        return Path(str(resources.files("layerboost") / "reference"))
     if name and path.is_dir():
         return path
-    if name == REFERENCE:
-        return Path(str(resources.files("layerboost") / "reference"))
     if path.is_file():
         raise CheckpointError(f"{name} is a file; name the folder of a checkpoint, or a hub id")
     return _download(name, _WANTED)
