@@ -159,6 +159,7 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         (2, "is not a finished run", ["report", tmp_path]),
         (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json"]),
         (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json", "--dry-run"]),
+        (2, "is a checkpoint; name another --out", ["run", tiny, "--out", tiny, "--dry-run"]),
         (2, "'most' is not a share; write 0.6 or 60%", ["plan", out, "--out", out, "--kv-reduction", "most"]),
         (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out]),
         (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out, "--dry-run"]),

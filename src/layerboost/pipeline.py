@@ -156,6 +156,8 @@ def check_place(out: Path) -> None:
     """Raises UsageError where a run cannot be."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder")
+    if (out / "config.json").exists():
+        raise UsageError(f"{out} is a checkpoint; name another --out")
     for name in ("hybrid", "healed"):
         check_output_folder(out / name)
 
