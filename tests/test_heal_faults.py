@@ -102,7 +102,7 @@ def test_kills_at_random_moments(tiny, hybrid, tmp_path, save_always):
     print(f"LAYERBOOST_SEED={seed}")
     rng, killed, finished = random.Random(seed), Counter(), 0
     folder = tmp_path / "parts-steps"
-    while killed.total() < KILLS or not finished:
+    while killed.total() < KILLS or killed["saving"] < 0.4 * KILLS or not finished:
         saving = killed["saving"] < 0.4 * KILLS and rng.random() < 0.6
         before = max((step for step, _ in steps(folder)), default=0)
         last = attempt(hybrid, tiny, tmp_path / "parts", rng, saving)
@@ -115,7 +115,6 @@ def test_kills_at_random_moments(tiny, hybrid, tmp_path, save_always):
             shutil.rmtree(tmp_path / "parts")
             shutil.rmtree(folder, ignore_errors=True)
             finished += 1
-    assert killed["saving"] >= 0.4 * KILLS
     print(dict(killed), f"{finished} finished")
 
 
