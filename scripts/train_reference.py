@@ -10,7 +10,7 @@ Recall does not come by itself at this size. What brings it: every layer alike s
 (a head that looks at the previous token and writes it down, heads that match the current token against what was
 written and copy), and a curriculum from short probes to long text. Needs torch >= 2.11, transformers >= 5.16,
 tokenizers and this package's `src` on the path. torch's Muon computes in bfloat16: times are those of a processor with
-instructions for it, one without took six times as long.
+instructions for it; one without took six times as long, and wants --muon-float32.
 """
 
 import argparse
@@ -216,6 +216,18 @@ def score(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: in
     return result
 
 
+def orthogonal(grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """torch's Newton-Schulz iteration for Muon, in the gradient's own type in place of bfloat16."""
+    a, b, c = coefficients
+    tall = grad.size(0) > grad.size(1)
+    x = grad.T if tall else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -353,9 +365,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--muon-float32", action="store_true", help="for processors without bfloat16 instructions")
     parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the tokens of every step; for GPUs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.muon_float32:
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonal
     train(args)
 
 

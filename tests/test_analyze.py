@@ -12,11 +12,11 @@ from layerboost import analyze
 from layerboost.analyze.estimators import ESTIMATORS
 from layerboost.analyze.looking import Looking
 from layerboost.artifacts import Sensitivity, load
-from layerboost.data.corpus import standard_library
+from layerboost.data.corpus import open_corpus, standard_library
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import probe_lengths, samples
 from layerboost.errors import DataError, PlanError, UsageError
-from layerboost.model.loading import describe, load_original, read_config
+from layerboost.model.loading import describe, load_original, load_tokenizer, read_config
 from layerboost.tasks import task_scores
 from tests.tiny import FULL, NONE, linear, make_checkpoint, reference_logits, tokenizer, window
 
@@ -473,6 +473,16 @@ def test_windows_wider_than_native_ones_are_not_tried(tmp_path):
     folder = make_checkpoint(tmp_path, "mistral", sliding_window=9)
     found = analyze.run(folder, analyze.Config(**(SMALL | {"windows": [4, 9, 16]})))
     assert [[c.window for c in layer] for layer in found.layers] == [[None, 4]] * 4
+
+
+def test_fewer_texts_than_asked_for_are_said(tiny, tmp_path, capsys):
+    for n in range(40):
+        (tmp_path / f"{n}.txt").write_text("some words " * 200)
+    arguments = {"split": "train", "answers": 2, "length": 64, "distance": 32}
+    for texts, said in ((2, False), (100_000, True)):
+        found = samples(open_corpus(tmp_path), load_tokenizer(tiny), 512, texts=texts, **arguments)
+        told = f"its train split holds {len(found['text'])} sequences of 64 tokens, not 100000"
+        assert (told in "".join(capsys.readouterr())) == said
 
 
 def test_probes_reach_beyond_every_window():

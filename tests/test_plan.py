@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from layerboost import heal, pilot, plan, predict
-from layerboost.artifacts import Candidate, Damage, KVShape, ModelRecord, Plan, Sensitivity, load, save
+from layerboost.artifacts import Candidate, Damage, KVShape, ModelRecord, Plan, Sensitivity, load, save, to_json
 from layerboost.cost.device import find_device
 from layerboost.data import samples
 from layerboost.errors import PlanError
@@ -755,6 +755,17 @@ def test_a_plan_is_made_again_when_its_pilots_would_heal_otherwise(tiny, tmp_pat
     assert plan.inputs(found, config, tiny, pilot.Pilots(heal.Config(tokens=2_048), tmp_path)) == made[0]
     without = config.model_copy(update={"pilots": 0})
     assert plan.inputs(found, without, tiny, pilot.Pilots(healings[1], tmp_path)) == plan.inputs(found, without, tiny)
+
+
+def test_a_plan_is_made_again_for_a_device_that_was_measured_anew(tmp_path):
+    found, path = sensitivity(TestPilots.FOUND), tmp_path / "device.json"
+    config = plan.Config(throughput=1.2, device_profile=str(path))
+    made = []
+    for name in ("h100", "l4"):
+        path.write_text(to_json(find_device(name)))
+        made.append(plan.inputs(found, config))
+    assert made[0] != made[1]
+    assert plan.inputs(found, config) == made[1]
 
 
 def test_a_plan_knows_whether_it_was_edited(tmp_path):

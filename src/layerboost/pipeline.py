@@ -171,13 +171,13 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     context = config.max_position_embeddings
     for looking in (analyzing, planning.measuring, evaluating):
         sequence_length(looking, context)
-    for reading in (analyzing, planning, healing, evaluating):
+    for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
+    sources_digest(healing.data or [])
     plan.settled(planning, planning.planner or "greedy")
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
     heal.sequences(healing, context)
-    sources_digest(healing.data or [])
     if benching.engine != "vllm":
         bench.context_of(benching, context)
 

@@ -211,6 +211,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 def context_of(config: Config, longest: int) -> int:
+    """Tokens of a whole sequence on transformers, for a model's context; raises DataError where it does not fit."""
     context = config.context or min(longest, 1_024)
     if context > longest or config.new_tokens >= context:
         raise DataError(
