@@ -328,12 +328,13 @@ def main() -> None:
         rounds.append({})
         for way in WAYS:
             rounds[-1][way] = in_own_process(args, way)
-            say(f"{number + 1}/{args.repeats} {way}: {rounds[-1][way]['cpu']:.2f} s of CPU time per step")
-    check(rounds)
+            seconds = rounds[-1][way]["wall" if CUDA else "cpu"]
+            say(f"{number + 1}/{args.repeats} {way}: {seconds:.2f} s per step")
     device = torch.cuda.get_device_name() if CUDA else f"CPU, float32, {args.threads} thread(s)"
     print(f"{device}; plan {args.plan}, hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch} x "
           f"{args.length} tokens, {args.scored:.0%} scored; {args.repeats} repeats of {args.steps} steps")  # fmt: skip
     tell(args, rounds)
+    check(rounds)
 
 
 if __name__ == "__main__":

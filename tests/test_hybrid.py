@@ -432,6 +432,7 @@ def test_flash_attention_is_handed_the_window(tiny, monkeypatch):
 
     def flash(module, q, k, v, mask, **kwargs):
         calls.append((mask, kwargs))
+        assert module.config._attn_implementation == "flash_attention_2"  # by which it finds its kernel
         return torch.zeros_like(q).transpose(1, 2), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
@@ -441,6 +442,7 @@ def test_flash_attention_is_handed_the_window(tiny, monkeypatch):
     mask[0, :5] = 0
     hybrid(tokens, attention_mask=mask)
     assert [kwargs["sliding_window"] for _, kwargs in calls[1:]] == [W, 3]
+    assert [layer.self_attn.config._attn_implementation for layer in hybrid.decoder_layers[1:]] == ["layerboost"] * 3
     assert torch.equal(calls[1][0], mask.bool())
 
 

@@ -1,5 +1,7 @@
 """Operators against written-out references: outputs and gradients, at the edges of windows, blocks and chunks."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -271,7 +273,9 @@ def by_documented_layout(q, k, v, g, scale, initial_state, output_final_state):
 
 def test_the_gated_kernel_is_called_in_its_own_layout():
     kernel = kernels.adapted(by_documented_layout)
-    kernels._prove(kernel, gated_kernel_sum, "cpu")
+    for first_use in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        with first_use():
+            kernels._prove(kernel, gated_kernel_sum, "cpu")
     q, k, v = draw(2, 2, 3, 20, 6), draw(2, 2, 20, 6, seed=1), draw(2, 2, 20, 5, seed=2)
     decay = -torch.rand(2, 2, 20, 6)
     for ours, theirs in zip(kernel(q, k, v, decay), gated_kernel_sum(q, k, v, decay), strict=True):

@@ -186,7 +186,9 @@ def plan(
         str | None,
         typer.Option(help="greedy (default with --model), milp (without), gates, tiers, uniform, periodic, random."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model, to measure whole plans on.", metavar="MODEL")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model, to measure whole plans on.", metavar="MODEL")
+    ] = None,
     kv_reduction: Annotated[str | None, typer.Option(help="Share of the KV cache to save: 0.6 or 60%.")] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="Most bytes of KV cache per token: 20000 or 20kB.")] = None,
     full_layers: Annotated[int | None, typer.Option(help="Most layers that keep their attention.")] = None,

@@ -132,6 +132,7 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
         raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
     if config.stream and config.estimators:
         say("stream: the cheap estimates, which take whole passes of their own, are left out")
+    ranks()  # of several processes each takes a device of its own, before a model goes there
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
     device = pick_device(config.device)

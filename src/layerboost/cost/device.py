@@ -99,6 +99,8 @@ def _rate(work: Callable[[], object], device: str, seconds: float = 0.5) -> floa
     """Runs per second."""
     for _ in range(2):
         work()
+    if device == "cuda":
+        torch.cuda.synchronize()
     runs, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds:
         for _ in range(5):

@@ -174,7 +174,8 @@ class SlidingAttention(nn.Module):
         if implementation.startswith("flash_attention") and call.sequences.packed is None and sink is None:
             mask = None if segments is None else (segments != PADDING).expand(q.shape[0], -1)
             stock = ALL_ATTENTION_FUNCTIONS[implementation]
-            return stock(call.attention, q, k, v, mask, sliding_window=self.window, **options)[0]
+            with _own_config(call.attention) as attention:
+                return stock(attention, q, k, v, mask, sliding_window=self.window, **options)[0]
         if implementation == "flex_attention":
             mask = flex_mask(q, k, self.window, segments)
             return ALL_ATTENTION_FUNCTIONS[implementation](call.attention, q, k, v, mask, s_aux=sink, **options)[0]
@@ -183,6 +184,17 @@ class SlidingAttention(nn.Module):
             dropout=options["dropout"], segments=segments, sink=sink,
         )  # fmt: skip
         return out.transpose(1, 2)
+
+
+@contextmanager
+def _own_config(attention: Any) -> Iterator[Any]:
+    """With the model's own configuration: flash attention looks up there which kernel it is."""
+    ours = attention.config
+    attention.config = attention.layerboost_config
+    try:
+        yield attention
+    finally:
+        attention.config = ours
 
 
 def flex_mask(q: Tensor, k: Tensor, window: int, segments: Tensor | None) -> Any:

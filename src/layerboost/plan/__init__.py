@@ -377,6 +377,7 @@ PLANNERS: dict[str, Callable[[Sensitivity, Budget, Config, Path | None, Measured
 
 def _model(config: Config, folder: Path | None) -> Hybrid:
     assert folder is not None
+    ranks()  # of several processes each takes a device of its own, before a model goes there
     device = pick_device(config.device)
     return load_original(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
 
