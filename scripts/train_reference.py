@@ -369,7 +369,8 @@ def main() -> None:
     parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the tokens of every step; for GPUs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it; nothing changes on CPU
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32
     if args.muon_float32:
         torch.optim._muon._zeropower_via_newtonschulz = orthogonal
     train(args)

@@ -1,7 +1,5 @@
 """On a GPU everything is what it is on the CPU, in float32 within rounding. Skipped where there is none."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +9,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from layerboost import analyze, bench, convert, evaluate, heal
 from layerboost.artifacts import Plan
 from layerboost.cost.device import probe
-from layerboost.errors import EnvironmentTrouble
 from layerboost.heal.losses import LOSSES, mixed_logits_loss
 from layerboost.heal.sharding import quantize
 from layerboost.heal.student import Counts, Healer
@@ -89,6 +86,7 @@ def test_a_hybrid_runs_on_flex_attention(tmp_path):
     torch.testing.assert_close(model(tokens).logits, wanted, atol=2e-2, rtol=2e-2)
 
 
+@torch.no_grad()
 def test_the_gated_kernel_proves_itself():
     pytest.importorskip("fla.ops.gla")
     assert kernels.gated_kernel("cuda", gated_kernel_sum) is not None
@@ -167,7 +165,7 @@ def test_a_healing_that_was_stopped_ends_where_it_would_have(pair, tmp_path, mon
     heal.run(hybrid, folder, config, out=tmp_path / "stopped")
     whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     for name in whole:  # attention's gradients are sums in no fixed order there
-        torch.testing.assert_close(stopped[name].float(), whole[name].float(), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(stopped[name].float(), whole[name].float(), atol=1e-3, rtol=8e-3)
 
 
 @pytest.mark.parametrize("settings", [
@@ -211,8 +209,6 @@ def test_memory_that_runs_out_makes_passes_smaller(tmp_path, capsys):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 400 * 2**20) / total)
     try:
         found = heal.run(hybrid, folder, config, out=tmp_path / "healed")
-    except EnvironmentTrouble as trouble:
-        pytest.fail(f"not even one sequence: {trouble}")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
@@ -252,7 +248,6 @@ def test_the_probe_of_this_machine():
     assert found.memory == torch.cuda.get_device_properties(0).total_memory
     assert found.flops > 1e12
     assert 1e10 < found.bandwidth < 2e13
-    json.dumps(found.model_dump())
 
 
 @torch.no_grad()

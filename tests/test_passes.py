@@ -1,7 +1,9 @@
 """Plans that share their common beginnings against whole forward passes of the model, plan by plan."""
 
 import dataclasses
+import importlib
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -316,3 +318,22 @@ def test_what_is_not_finite(tiny, value, where):
         model.get_parameter(where).fill_(value)
     with pytest.raises(CheckpointError, match="the model computes logits that are not finite; check its weights"):
         Scorer(model, DATA)(PLANS[1:2])
+
+
+@pytest.mark.parametrize("verb", ["analyze", "plan"])
+def test_processes_take_their_devices_before_a_model_goes_there(tiny, monkeypatch, verb):
+    """A model that is loaded before would be on the first GPU in every process."""
+    module = importlib.import_module(f"layerboost.{verb}")
+    called = []
+    monkeypatch.setattr(module, "ranks", lambda: called.append("ranks") or (0, 1))
+    monkeypatch.setattr(module, "pick_device", lambda name: called.append("device") or "cpu")
+
+    def load(*args, **kwargs):
+        called.append("model")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_original", load)
+    run = partial(module.run, tiny) if verb == "analyze" else partial(module._model, module.Config(), tiny)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert called == ["ranks", "device", "model"]

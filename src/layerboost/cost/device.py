@@ -97,15 +97,16 @@ def probe(device: str) -> Device:
 
 def _rate(work: Callable[[], object], device: str, seconds: float = 0.5) -> float:
     """Runs per second."""
-    for _ in range(2):
-        work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    runs, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds:
+
+    def five() -> None:
         for _ in range(5):
             work()
         if device == "cuda":
             torch.cuda.synchronize()
+
+    five()  # warms up
+    runs, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        five()
         runs += 5
     return runs / passed
