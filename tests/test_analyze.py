@@ -15,7 +15,7 @@ from layerboost.artifacts import Sensitivity, load
 from layerboost.data.corpus import open_corpus, standard_library
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import probe_lengths, samples
-from layerboost.errors import DataError, PlanError, UsageError
+from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import describe, load_original, load_tokenizer, read_config
 from layerboost.tasks import task_scores
 from tests.tiny import FULL, NONE, linear, make_checkpoint, reference_logits, tokenizer, window
@@ -366,8 +366,35 @@ def test_stability_at_a_budget_without_more_data(tiny):
     assert (found.resolution.weights, found.resolution.confidence) == (weights, 0.6)
     worst = found.resolution.ranking["no_attention"][0][0]
     assert worst == int(np.argmax([layer[0].damage["text_nll"].mean for layer in found.layers]))
-    with pytest.raises(PlanError, match="damage answer_kl was not measured"):
+
+
+def test_names_that_are_none_are_told_before_anything_is_measured(tiny, monkeypatch):
+    def never(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("layerboost.analyze.Scorer.__call__", never)
+    with pytest.raises(
+        UsageError, match="weights: answer_kl is not measured with these settings; it is one of text_kl, "
+    ):
         run(tiny, weights={"answer_kl": 1.0})
+    with pytest.raises(UsageError, match="weights: benchmarks is not measured"):
+        run(tiny, weights={"benchmarks": 1.0})
+    with pytest.raises(UsageError, match="no task 'no_such_task'"):
+        run(tiny, tasks=["no_such_task"])
+
+
+def test_weights_may_name_all_that_is_measured(tiny):
+    asked = {
+        "answers": 4,
+        "distance": [40, 48],
+        "generations": 2,
+        "new_tokens": 4,
+        "long_answers": 2,
+        "estimators": ["cosine"],
+    }
+    measured = run(tiny, **asked).layers[0][0].damage
+    assert {"recall_kl@48", "answer_kl", "generation", "cosine"} <= set(measured)
+    run(tiny, **asked, weights=dict.fromkeys(measured, 1.0))
 
 
 def test_inputs_are_all_that_decides_what_comes_out(tiny, tmp_path):

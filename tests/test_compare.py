@@ -8,7 +8,7 @@ import pytest
 from layerboost import compare, heal
 from layerboost.artifacts import Comparison, Entry, Trial, load
 from layerboost.compare.tables import markdown
-from layerboost.errors import UsageError
+from layerboost.errors import CheckpointError, UsageError
 
 SETTINGS = {
     "seeds": [0], "length": 64, "texts": 2, "answers": 2, "replacement_window": 4,
@@ -224,3 +224,10 @@ def test_a_job_from_a_file(tmp_path, tiny):
     path = tmp_path / "job.yaml"
     path.write_text(json.dumps({"models": [str(tiny)], "heal": {"tokens": "50k"}}))
     assert compare.load_job(path).heal.tokens == 50_000
+
+
+def test_a_missing_second_model_is_told_before_the_first_is_measured(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.Bout, "run", lambda _: pytest.fail("measured"))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        compare.run(job(tiny, models=[str(tiny), str(tmp_path / "nowhere")]), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -118,6 +118,19 @@ def test_text_that_cannot_be_used(tmp_path):
         open_corpus(tmp_path)
 
 
+def test_files_that_are_no_text_are_left_out_aloud_and_once(tmp_path, capfd):
+    for n in range(400):  # that every split gets one is a matter of names
+        (tmp_path / f"{n}.txt").write_text("some text")
+    (tmp_path / "empty.txt").touch()
+    open_corpus(tmp_path)
+    assert "left out" not in capfd.readouterr().err
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+    assert len(open_corpus(tmp_path).documents) == len(open_corpus(tmp_path).documents) == 400
+    said = capfd.readouterr().err
+    assert said.count("4 of 405 files hold no UTF-8 text and are left out: a.png, b.png, c.png, ...") == 1
+
+
 def test_tiny_text_says_what_is_missing(tmp_path):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("only a little text")

@@ -48,7 +48,7 @@ from layerboost.passes import Resident, Scorer, ranks
 from layerboost.progress import progress, say
 from layerboost.provenance import provenance
 from layerboost.scoring import batch_rows, estimate
-from layerboost.tasks import task_scores
+from layerboost.tasks import load_tasks, task_scores
 
 BENCHMARKS = "benchmarks"
 _STABILITY_RESAMPLES = 100
@@ -125,13 +125,14 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
     Raises:
         CheckpointError: the model cannot be read, or computes values that are not finite.
         DataError: too little text, or a distance within reach of a window.
-        UsageError: settings that exclude one another, or an unknown task.
+        UsageError: settings that exclude one another, weights of what is not measured, or an unknown task.
     """
     config = config or Config()
     if config.stream and (config.tasks or config.generations):
         raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
     if config.stream and config.estimators:
         say("stream: the cheap estimates, which take whole passes of their own, are left out")
+    load_tasks(config.tasks, config.task_folder)  # a name that is none is told now, and not after all else was measured
     ranks()  # of several processes each takes a device of its own, before a model goes there
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
@@ -163,6 +164,8 @@ def _measure(
     while resolution is None or (config.until_resolved and resolution.stopped is None):
         started = time.monotonic()
         data = looking.data(turn)
+        if turn == 0:
+            _check_weights(config, list(data))
         scorer = Scorer(model, data, resident, kept)
         with progress("analyze", scorer.steps(len(plans)), scorer.known(plans)) as advance:
             _extend(found, _damages(scorer(plans, advance)))
@@ -183,6 +186,19 @@ def _measure(
             seconds=round(sum(c.seconds for c in costs.values()), 1),
         ),
     )  # fmt: skip
+
+
+def _check_weights(config: Config, kinds: list[str]) -> None:
+    """Before anything is measured, which may take hours."""
+    nothing = {f"{kind}.{score}": np.zeros(0) for kind in kinds for score in ("kl", "nll", "hit", "lead")}
+    measured = [*damages(nothing, nothing), *([] if config.stream else config.estimators)]
+    if config.tasks:
+        measured += [*(f"task:{task}" for task in config.tasks), BENCHMARKS]
+    for metric in config.weights:
+        if metric not in measured:
+            raise UsageError(
+                f"weights: {metric} is not measured with these settings; it is one of {', '.join(measured)}"
+            )
 
 
 def default_windows(context: int) -> list[int]:

@@ -154,6 +154,8 @@ def run(job: Job, *, out: Path) -> Comparison:
     Raises:
         LayerBoostError: as the verbs do.
     """
+    for model in job.models:  # what is missing is told now, and not after hours with the ones before it
+        read_config(find_model(model))
     with lock(out):
         entries: list[Entry] = []
         for model in job.models:

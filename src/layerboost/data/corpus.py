@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layerboost.errors import DataError, EnvironmentTrouble
+from layerboost.progress import say
 
 Split = Literal["train", "validation", "held_out"]
 
@@ -105,12 +106,18 @@ def open_corpus(source: Path | None) -> Corpus:
         return standard_library()
     root, files = files_of(source)
     pieces: dict[str, Document] = {}
+    left_out: list[str] = []
     for path in files:
-        for piece in _pieces(root, path):
+        found = _pieces(root, path)
+        if not found and path.stat().st_size:
+            left_out.append(path.relative_to(root).as_posix())
+        for piece in found:
             # a row that came twice could stand in two splits
             pieces.setdefault(piece.text if path.suffix in _ROWS else piece.name, piece)
     if not pieces:
         raise DataError(f"text {source} holds no UTF-8 text; name a file or a folder of UTF-8 text")
+    if left_out:
+        _tell_left_out(source, len(files), tuple(left_out))
     corpus = Corpus(source.name, tuple(pieces.values()))
     if len(set(corpus.splits.values())) < len(get_args(Split)):
         raise DataError(
@@ -118,6 +125,13 @@ def open_corpus(source: Path | None) -> Corpus:
             "so give more text"
         )
     return corpus
+
+
+@lru_cache
+def _tell_left_out(source: Path, files: int, names: tuple[str, ...]) -> None:
+    """Once, however often the same text is opened."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    say(f"text {source}: {len(names)} of {files} files hold no UTF-8 text and are left out: {shown}")
 
 
 def files_of(source: Path) -> tuple[Path, list[Path]]:
