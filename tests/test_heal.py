@@ -23,8 +23,9 @@ from layerboost.heal.losses import (
 )
 from layerboost.heal.recovery import Look, Recovery, looks
 from layerboost.heal.student import Counts, Healer, merge
+from layerboost.heal.targets import check_modules, find_targets
 from layerboost.heal.training import schedule
-from layerboost.model.loading import digest, load_model, load_original
+from layerboost.model.loading import digest, load_model, load_original, read_config
 from tests.conftest import FAMILIES
 from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, window
 
@@ -348,6 +349,27 @@ def test_targets_by_role_part_and_name(tiny):
         make_healer(tiny, layers, settings_with(targets=["changed", "kept.attention.qkv"]))
     with pytest.raises(ValueError, match="must be a role"):
         settings_with(targets=["mlp"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_module_names_are_known_without_weights(checkpoints, family):
+    folder = checkpoints[family]
+    config = read_config(folder)
+    everything = settings_with(train="full", learning_rate=None)
+    found = find_targets(load_original(folder), [NONE, window(4), FULL, FULL], everything)
+    known = {target.name.rpartition(".")[2] for target in found}
+    parts = {name: [p for p in ("attention", "mlp") if accepted(config, f"changed.{p}.{name}")] for name in known}
+    assert all(parts.values())
+    assert {"attention", "mlp"} == {part for own in parts.values() for part in own}
+    assert not accepted(config, "changed.mlp.nonsense")
+
+
+def accepted(config, target):
+    try:
+        check_modules(config, [target])
+    except UsageError:
+        return False
+    return True
 
 
 def test_packed_experts_are_refused_by_name_and_trained_whole(checkpoints):

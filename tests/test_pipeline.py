@@ -152,6 +152,10 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
         ("evaluate.length=99999", "length 99999 is more than the model's context"),
         ("heal.length=99999", "length 99999 is more than the model's context"),
         ("heal.tokens=3", "3 tokens are less than one sequence"),
+        (
+            "heal.targets=[changed, kept.attention.qproj]",
+            "no layer has a module qproj in its attention; it has q_proj, ",
+        ),
         ("bench.context=99999", "context 99999 with"),
         ("evaluate.tasks=[no_such_task]", "no_such_task"),
     ],

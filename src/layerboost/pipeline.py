@@ -177,7 +177,7 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     plan.settled(planning, planning.planner or "greedy")
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
-    heal.sequences(healing, context)
+    heal.check(healing, config)
     if benching.engine != "vllm":
         bench.context_of(benching, context)
 

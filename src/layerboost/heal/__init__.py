@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from layerboost.artifacts import (
     HEALING,
@@ -29,7 +29,7 @@ from layerboost.heal.losses import LossName
 from layerboost.heal.sharding import quantize, shard
 from layerboost.heal.signals import rows_digest, signals
 from layerboost.heal.student import Healer, merge
-from layerboost.heal.targets import check_target
+from layerboost.heal.targets import check_modules, check_target
 from layerboost.heal.training import Outcome, Rows, Validation, default_learning_rate, train
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
@@ -157,6 +157,19 @@ def data_and_settings(teacher: Path, config: Config) -> dict[str, str]:
     return found | ({"data": sources_digest(config.data)} if config.data else {})
 
 
+def check(config: Config, model: PreTrainedConfig) -> None:
+    """Raises for settings that do not fit a model, whatever the plan; neither weights nor data are looked at.
+
+    Raises:
+        DataError: a length beyond the context, or too few tokens for one sequence.
+        UsageError: a target or top_k that the model does not have.
+    """
+    sequences(config, model.max_position_embeddings)
+    check_modules(model, config.targets)
+    if config.signals is not None and config.top_k > model.vocab_size:
+        raise UsageError(f"top_k {config.top_k} is more than the vocabulary of {model.vocab_size}")
+
+
 def sequences(config: Config, context: int) -> tuple[int, int]:
     """Tokens of a sequence, and how many sequences, for a model's context.
 
@@ -204,6 +217,7 @@ def run(
     if recorded_inputs(out) is not None and not (out / HEALING).exists():
         raise UsageError(f"{out} is no healed model, and would be replaced; name another --out, or remove it")
     base_config = read_config(folder)
+    check(config, base_config)
     layers = plan_of(read_config(student_folder), student_folder)
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
     with lock(steps_folder) if ranks()[0] == 0 else contextlib.nullcontext():
@@ -315,8 +329,6 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
         order = torch.cat([blocks[i] for i in shuffled])
     kept = None
     if config.signals is not None:
-        if config.top_k > vocabulary:
-            raise UsageError(f"top_k {config.top_k} is more than the vocabulary of {vocabulary}")
         kept = signals(config.signals, healer, rows, config.top_k, teacher, config.signals_from)
     windows = [plan.window for plan in healer.layers if plan.window is not None]
     probe_length, distance = probe_lengths(min(256, length), None, windows, context)

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan
+from layerboost.model.config import family_of, stock_class
+from layerboost.model.families import Anatomy, anatomy_of
 from layerboost.model.hybrid import Hybrid
 from layerboost.progress import say
 
@@ -58,8 +62,7 @@ def find_targets(model: Hybrid, layers: list[LayerPlan], config: "Config") -> li
         for name, module in layer.named_modules():
             if name.split(".")[0] in gone:
                 continue
-            part = "attention" if name.split(".")[0] in (model.anatomy.attention, *model.anatomy.norms) else "mlp"
-            path = f"{role}.{part}.{name.rpartition('.')[2]}"
+            path = f"{role}.{_part(name, model.anatomy)}.{name.rpartition('.')[2]}"
             asked = {target for target in config.targets if f"{path}.".startswith(f"{target}.")}
             target = _target(module, f"{stack}.{index}.{name}", index, bool(asked), role, config)
             if target is not None:
@@ -94,6 +97,32 @@ def _target(module: nn.Module, name: str, layer: int, asked: bool, role: Role, c
     if asked and isinstance(module, (nn.Linear, Conv1D)):
         return Target(name, layer, module, adapted=True)
     return None
+
+
+def check_modules(config: PreTrainedConfig, targets: list[str]) -> None:
+    """Raises UsageError for a module that no layer has, whatever the plan; no weights are needed."""
+    named = [target for target in targets if target.count(".") == 2]
+    if not named:
+        return
+    with torch.device("meta"):
+        base = stock_class(family_of(config))(config).base_model
+    anatomy = anatomy_of(base)
+    known: dict[str, dict[str, None]] = {part: {} for part in _PARTS}
+    for layer in getattr(base, anatomy.layers):
+        for name, module in layer.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                known[_part(name, anatomy)][name.rpartition(".")[2]] = None
+    for target in named:
+        _, part, module_name = target.split(".")
+        if module_name not in known[part]:
+            raise UsageError(
+                f"targets: {target}: no layer has a module {module_name} in its {part}; it has {', '.join(known[part])}"
+            )
+
+
+def _part(name: str, anatomy: Anatomy) -> str:
+    """Of a layer, to which a module of it belongs."""
+    return "attention" if name.split(".")[0] in (anatomy.attention, *anatomy.norms) else "mlp"
 
 
 def check_target(target: str) -> str:
