@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -86,6 +87,8 @@ def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: 
         layers = [dataclasses.replace(layer, sink=True) if layer.window else layer for layer in layers]
     config = heal.Config(**changes)
     made_from = [config.model_dump(mode="json"), [layer.entry() for layer in layers], args.answers]
+    if args.bfloat16:
+        made_from.append("bfloat16")
     kept = out / f"{text_digest(made_from)[:16]}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -163,7 +166,12 @@ def main() -> None:
     parser.add_argument("--tokens", default="100k", help="of every healing, but in the group tokens")
     parser.add_argument("--heal", nargs="+", default=[], help="settings of every healing, as key=value", metavar="SET")
     parser.add_argument("--answers", type=int, default=200, help="held-out sequences of each probe")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply matrices in bfloat16 on a CPU that has units for it; faster"
+    )
     args = parser.parse_args()
+    if args.bfloat16:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     args.out.mkdir(parents=True, exist_ok=True)
     tables = []
     for group in args.groups:

@@ -18,7 +18,17 @@ from layerboost.data.samples import probe_lengths, samples
 from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import describe, load_original, load_tokenizer, read_config
 from layerboost.tasks import task_scores
-from tests.tiny import FULL, NONE, linear, make_checkpoint, reference_logits, tokenizer, window
+from tests.tiny import (
+    BEGIN,
+    FULL,
+    NONE,
+    beginning_tokenizer,
+    linear,
+    make_checkpoint,
+    reference_logits,
+    tokenizer,
+    window,
+)
 
 SMALL = {"texts": 4, "answers": 4, "length": 96, "windows": [4, 16]}
 QUICK = SMALL | {"estimators": []}
@@ -242,6 +252,15 @@ def test_padding_to_the_right_changes_nothing(tiny, tmp_path):
             for metric in ("prompts_kl", "prompts_nll", "prompts"):
                 first, wanted = (c.damage[metric].per_sequence[0] for c in (one, other))
                 assert first == pytest.approx(wanted, abs=1e-5)
+
+
+def test_prompts_begin_as_the_tokenizer_begins_texts(tiny, tmp_path):
+    path = write_prompts(tmp_path / "prompts.jsonl", {"prompt": "x" * 999, "answer": "y"}, {"text": "abc"})
+    config = analyze.Config(**(QUICK | {"prompts": path}))
+    found = Looking(load_original(tiny), beginning_tokenizer(), config, config.windows).data(0)["prompts"]
+    assert found.tokens.shape[1] == 256
+    assert (found.tokens[:, 0] == BEGIN).all()
+    assert found.scored.sum(1).tolist() == [1, 3]
 
 
 def test_prompts_longer_than_the_context_lose_their_beginning(tiny, tmp_path):

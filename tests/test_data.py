@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from layerboost.data.corpus import open_corpus, split_of, standard_library
 from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
 from layerboost.data.samples import recall_pairs, samples, training_rows
-from layerboost.data.sequences import text_sequences, token_stream
+from layerboost.data.sequences import beginning, text_sequences, token_stream
 from layerboost.errors import DataError, EnvironmentTrouble
-from tests.tiny import tokenizer
+from tests.tiny import BEGIN, beginning_tokenizer, tokenizer
 
 SPLITS = ("train", "validation", "held_out")
 
@@ -129,6 +129,36 @@ def test_files_that_are_no_text_are_left_out_aloud_and_once(tmp_path, capfd):
     assert len(open_corpus(tmp_path).documents) == len(open_corpus(tmp_path).documents) == 400
     said = capfd.readouterr().err
     assert said.count("4 of 405 files hold no UTF-8 text and are left out: a.png, b.png, c.png, ...") == 1
+
+
+def test_everything_begins_as_the_tokenizer_begins_texts():
+    begins = beginning_tokenizer()
+    assert (beginning(begins), beginning(tokenizer())) == ([BEGIN], [])
+    found = samples(standard_library(), begins, 258, split="train", texts=8, answers=8, length=96, distance=40)
+    for sequences in found.values():
+        assert sequences.tokens.shape == sequences.scored.shape == (8, 96)
+        assert (sequences.tokens[:, 0] == BEGIN).all()
+        assert not sequences.scored[:, 0].any()
+    for tokens, scored in zip(found["key_value"].tokens.tolist(), found["key_value"].scored.tolist(), strict=True):
+        at = scored.index(True)
+        before = [i for i in range(1, at - 1) if tokens[i] == tokens[at - 1]]
+        assert any(tokens[i + 1] == tokens[at] and at - i - 1 >= 40 for i in before)
+    for pack in (True, False):
+        rows = training_rows(standard_library(), begins, 258, rows=24, length=64, seed=0, pack=pack)
+        starts = torch.zeros_like(rows.scored) if rows.positions is None else rows.positions == 0
+        starts[:, 0] = True
+        assert (rows.tokens[starts] == BEGIN).all()
+        assert not rows.scored[starts].any()
+        assert (rows.tokens[~starts] != BEGIN).any()
+
+
+def test_hidden_files_and_marks_of_byte_order_are_no_text(tmp_path):
+    rows = [json.dumps({"text": f"row {n}"}) for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8-sig")
+    for name in (".git/config", ".hidden.txt", "folder/.cache/page.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of nobody")
+    assert [document.text for document in open_corpus(tmp_path).documents] == [f"row {n}" for n in range(400)]
 
 
 def test_tiny_text_says_what_is_missing(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerboost import convert, export, verify
+from layerboost import convert, export, heal, verify
 from layerboost.artifacts import Plan
 from layerboost.errors import CheckpointError, UsageError
 from layerboost.export import RUNTIME, portable_code
@@ -184,9 +184,23 @@ def test_base_models_and_damaged_hybrids_are_not_exported(tiny, tmp_path):
     for inside in (hybrid, hybrid / "portable"):
         with pytest.raises(UsageError, match="is the hybrid itself, or inside it"):
             export.run(hybrid, "portable", out=inside)
+    (hybrid / "README.md").write_text("a card of my own")
+    export.run(hybrid, "portable", out=tmp_path / "out")
     (hybrid / "generation_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is not as it was written"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json is missing or not as it was written"):
         export.run(hybrid, "portable", out=tmp_path / "out")
+
+
+def test_a_hybrid_is_not_replaced_even_if_it_is_damaged(tiny, tmp_path):
+    hybrid, other = (hybrid_of(tiny, MIXED, tmp_path / name) for name in ("hybrid", "other"))
+    (other / "generation_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a hybrid, and no export"):
+        export.run(hybrid, "portable", out=other)
+    with pytest.raises(UsageError, match="is no healed model, and would be replaced"):
+        heal.run(hybrid, tiny, out=other)
+    export.run(hybrid, "portable", out=tmp_path / "out")
+    (tmp_path / "out" / "generation_config.json").write_text("{}")
+    export.run(hybrid, "portable", out=tmp_path / "out")  # an export is soon made again
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layerboost import convert, heal
 from layerboost.artifacts import CurvePoint, Plan
@@ -27,7 +29,7 @@ from layerboost.heal.targets import check_modules, find_targets
 from layerboost.heal.training import schedule
 from layerboost.model.loading import digest, load_model, load_original, read_config
 from tests.conftest import FAMILIES
-from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, window
+from tests.tiny import FULL, NONE, linear, make_checkpoint, native_windows, some_tokens, tokenizer, window
 
 LAYERS = [NONE, window(8), FULL, NONE]
 SETTINGS = heal.Config(tokens=3_072, length=64, batch=4, rank=4, texts=2, answers=2, learning_rate=3e-3)
@@ -370,6 +372,34 @@ def accepted(config, target):
     except UsageError:
         return False
     return True
+
+
+def test_targets_that_the_plan_does_not_have_train_nothing_else(tiny):
+    windows = [FULL, FULL, window(4), window(4)]
+    for train in ("lora", "full"):
+        config = settings_with(targets=["removed", "kept.mlp"], train=train, learning_rate=None)
+        with pytest.raises(
+            UsageError, match="no layer of this plan is kept or removed; its layers are before, changed"
+        ):
+            make_healer(tiny, windows, config)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+def test_models_that_do_not_name_the_width_of_their_mlp(tmp_path, family):
+    """Their linear modules are transformers' own Conv1D, or their keys have names of their own."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 258, "n_positions": 256}
+    config = CONFIG_MAPPING[family](**sizes, bos_token_id=0, eos_token_id=0)
+    assert getattr(config, "intermediate_size", None) is None
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    convert.run(base, Plan(layers=[FULL, NONE, window(8), FULL]), out=tmp_path / "hybrid")
+    healing = heal.run(tmp_path / "hybrid", base, SETTINGS, out=tmp_path / "healed")
+    assert healing.curve[-1].kl < healing.curve[0].kl
+    before, after = (load_model(tmp_path / name).state_dict() for name in ("hybrid", "healed"))
+    changed = {name.split(".", 3)[-1] for name in after if not torch.equal(before[name], after[name])}
+    assert {"mlp.c_fc.weight", "mlp.c_proj.weight", "attn.c_attn.weight", "attn.c_proj.weight"} == changed
 
 
 def test_packed_experts_are_refused_by_name_and_trained_whole(checkpoints):

@@ -157,6 +157,11 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
             "no layer has a module qproj in its attention; it has q_proj, ",
         ),
         ("bench.context=99999", "context 99999 with"),
+        ("bench={engine: vllm, serving: {prompt_tokens: 99999}}", "make 100063 tokens, the model takes 256"),
+        ("bench.serving.concurrency=[8, 0]", "concurrency"),
+        ("evaluate.new_tokens=999", "completions of 999 new_tokens after 48 do not fit"),
+        ("plan.block_size=32.5", "block_size"),
+        ("heal.shard=true", "a run is one process"),
         ("evaluate.tasks=[no_such_task]", "no_such_task"),
     ],
 )
@@ -165,6 +170,20 @@ def test_slips_of_later_stages_are_found_before_the_first(tiny, tmp_path, settin
     with pytest.raises(LayerBoostError, match=message):
         pipeline.run(tiny, load_recipe("default", settings), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_task_names_are_looked_up_in_a_finished_run_as_well(finished, tiny):
+    out, _ = finished
+    before = stamps(out)
+    with pytest.raises(LayerBoostError, match="no_such_task"):
+        pipeline.run(tiny, load_recipe("default", [*SMALL, "heal.tokens=2k", "evaluate.tasks=[no_such_task]"]), out=out)
+    assert stamps(out) == before
+
+
+def test_several_processes_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ranks", lambda: (1, 2))
+    with pytest.raises(LayerBoostError, match="a run is one process"):
+        pipeline.run(tiny, load_recipe("default", SMALL), out=tmp_path / "run")
 
 
 def test_only_what_depends_on_a_change_is_done_again(finished, tiny, capsys):

@@ -845,3 +845,19 @@ def test_a_sensitivity_of_another_shape_is_refused():
 def test_labels():
     assert LayerPlan(mixer="sliding_attention", window=8).label == "sliding_attention 8"
     assert NONE.label == "no_attention"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_profile": "a10"}, "device_profile: a throughput budget looks at that; set throughput too"),
+        ({"kv_memory": "8GB", "concurrency": 7}, "concurrency, kv_memory: a throughput budget looks at that"),
+        ({"block_size": 32}, "block_size is for engine vllm; set engine=vllm too"),
+        ({"planner": "gates", "full_layers": 3}, "gates are learned against a limit on the cache"),
+    ],
+)
+def test_what_no_planner_would_look_at_is_refused(settings, message):
+    with pytest.raises(PlanError, match=message):
+        plan.settled(plan.Config(**settings), settings.get("planner", "greedy"))
+    for enough in ({"throughput": 1.5, "kv_reduction": 0.5}, {"throughput": 1.5, "kv_bytes": 10}):
+        plan.settled(plan.Config(**settings | enough), settings.get("planner", "greedy"))

@@ -51,6 +51,15 @@ def frozen(healer):
     return {name: p for name, p in found.items() if "_proj" in name and "lora_" not in name and "norm" not in name}
 
 
+def test_the_share_in_few_bits_is_said(base, capfd):
+    healer = make_healer(base)
+    total = sum(p.numel() for p in healer.model.decoder_layers.parameters() if not p.requires_grad)
+    held = sum(p.numel() for p in frozen(healer).values())
+    assert 0.5 < held / total < 1
+    quantize(healer, "int8")
+    assert f"quantize: {held / total:.0%} of the layers' weights are held in int8" in capfd.readouterr().err
+
+
 def test_without_torchao_the_fix_is_named(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(EnvironmentTrouble, match=r"quantize=int8: .*pip install 'layerboost\[quantize\]'"):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from layerboost import convert, heal
-from layerboost.artifacts import Plan
+from layerboost.artifacts import Plan, lock
 from layerboost.data.sequences import Sequences
 from layerboost.errors import EnvironmentTrouble, UsageError
 from layerboost.heal import served
@@ -165,6 +165,15 @@ def test_a_server_of_another_model_is_refused(healer, server, tmp_path):
     assert not (tmp_path / "signals").exists()  # or it would refuse other settings
 
 
+def test_documents_that_are_scored_late_are_compared_too(healer, server, tmp_path):
+    handler, url = server
+    handler.model = load_original(make_checkpoint(tmp_path / "other", "qwen3", seed=1))
+    late = torch.zeros(2, 400, dtype=torch.bool)
+    late[:, 300:] = True
+    with pytest.raises(UsageError, match="is another model than the teacher"):
+        of(tmp_path / "signals", healer, Sequences(some_tokens(2, 400), late), url=url)
+
+
 def test_rounding_is_not_another_model(tiny, healer, server, tmp_path):
     handler, url = server
     handler.model = load_original(tiny).to(torch.bfloat16)
@@ -292,6 +301,15 @@ def test_a_kill_between_files_costs_no_file_that_was_written(healer, tmp_path, m
     assert first.items() <= files(tmp_path / "parts").items()
     assert len(files(tmp_path / "parts")) == 3
     assert_same(found, whole, rows)
+
+
+def test_what_is_whole_may_be_read_while_another_holds_it(healer, tmp_path):
+    rows = packed_rows()
+    with lock(tmp_path / "signals"), pytest.raises(EnvironmentTrouble, match="is being written"):
+        of(tmp_path / "signals", healer, rows)
+    of(tmp_path / "signals", healer, rows)
+    with lock(tmp_path / "signals"):
+        of(tmp_path / "signals", healer, rows)
 
 
 def cut(path):

@@ -270,7 +270,7 @@ def test_hidden_states_stay_within_memory(checkpoints, monkeypatch):
         )
     }
     whole = passes.Scorer(model, data, resident)(plans)
-    monkeypatch.setattr(passes, "_memory", lambda: 8 * 2 * 3 * 20 * model.config.hidden_size * 4)
+    monkeypatch.setattr(passes, "_memory", lambda _: 8 * 2 * 3 * 20 * model.config.hidden_size * 4)
     parts = passes.Scorer(model, data, counted)(plans)
     assert read == [*range(4)] * 2
     for one, other in zip(whole, parts, strict=True):

@@ -1,12 +1,15 @@
 """verify on a server: answers that are the hybrid's pass, others do not, and what is no server is said."""
 
+import math
+
 import pytest
 import torch
 
 from layerboost import verify
 from layerboost.errors import EnvironmentTrouble
-from layerboost.model.loading import load_model, load_original
+from layerboost.model.loading import describe, load_model, load_original, read_config
 from layerboost.model.saving import save_hybrid
+from layerboost.verify import served
 from tests.stub_server import Stub, answering
 from tests.tiny import FULL, NONE, make_checkpoint, window
 
@@ -86,3 +89,23 @@ def test_what_is_no_server_is_said(folder, server):
     handler.spoil = staticmethod(lambda answer: None)
     with pytest.raises(EnvironmentTrouble, match="did not answer with tokens and logprobs"):
         verify.run(url, folder)
+
+
+@pytest.mark.parametrize("widest", [1, 8, 512, 1_000, 1_024, 4_000])
+def test_prompts_end_around_the_widest_window_and_beyond_it(folder, widest):
+    config = read_config(folder)
+    record = describe(folder, folder, config).model_copy(update={"context": 4_096})
+    layers = [NONE, window(1), FULL, window(widest)]
+    lengths = {int(name) for name in verify._prompts(record, layers, config.vocab_size)}
+    assert {max(1, widest - 1), widest, widest + 1} <= lengths
+    assert widest + 64 <= max(lengths) <= max(1_024, widest + 64)
+    beyond = [NONE, window(1), FULL, window(4_096)]  # which no prompt could reach
+    assert max(int(name) for name in verify._prompts(record, beyond, config.vocab_size)) < 1_024
+
+
+def test_what_is_no_number_here_does_not_hold(folder):
+    answer = served.Answer(tokens=[1, 2], logprobs=[{1: -1.0}, {2: -1.0}])
+    model = load_model(folder)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    assert served.differences(model, {"1": torch.tensor([[5]])}, {"1": answer}) == (math.inf, math.inf)

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -36,6 +36,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
 
 
+def beginning_tokenizer():
+    """The same, but with a token before every text, as Gemma and Llama have."""
+    made = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
+    made.post_processor = processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", BEGIN)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|pad|>", eos_token="<|end|>")
+
+
+BEGIN = 1
 SIZES = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0,

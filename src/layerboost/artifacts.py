@@ -785,7 +785,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         _sync(path.parent)
 
 
-MANIFEST, HEALING = "manifest.json", "healing.json"
+MANIFEST, HEALING, CARD = "manifest.json", "healing.json", "README.md"
 
 
 @contextlib.contextmanager
@@ -883,22 +883,27 @@ def _write_manifest(folder: Path, inputs: dict[str, str]) -> None:
 
 def intact(folder: Path, *, deep: bool = False) -> bool:
     """Whether a published folder is as it was written: every file there with its size, and if `deep` its sha256."""
+    return first_damaged(folder, deep=deep) is None
+
+
+def first_damaged(folder: Path, *, deep: bool = False) -> str | None:
+    """The first file that is missing or not as it was written; model cards may be edited."""
+    name = MANIFEST
     try:
-        files = read_json(folder / MANIFEST)["files"]
-        for name, record in files.items():
+        for name, record in read_json(folder / MANIFEST)["files"].items():
             path = folder / name
-            if path.stat().st_size != record["bytes"]:
-                return False
-            if deep and file_digest(path) != record["sha256"]:
-                return False
-    except (UsageError, OSError, KeyError, TypeError, AttributeError):
-        return False
-    return True
+            if name == CARD:
+                continue
+            if path.stat().st_size != record["bytes"] or (deep and file_digest(path) != record["sha256"]):
+                return str(name)
+    except (UsageError, CheckpointError, OSError, KeyError, TypeError, AttributeError):
+        return str(name)
+    return None
 
 
-def recorded_inputs(path: Path) -> dict[str, str] | None:
-    """What a file or folder was made from; None if it is missing or not intact."""
-    if path.is_dir() and not intact(path, deep=True):
+def recorded_inputs(path: Path, *, damaged: bool = False) -> dict[str, str] | None:
+    """What a file or folder was made from; None if it is missing, or not intact and it is not asked for `damaged`."""
+    if path.is_dir() and not damaged and not intact(path, deep=True):
         return None
     try:
         inputs = read_json(path / MANIFEST if path.is_dir() else path).get("inputs")

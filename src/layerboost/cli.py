@@ -215,7 +215,7 @@ def plan(
     given = {key: value for key, value in flags.items() if value is not None}
     config = configured(plan_verb.Config, settings or [], flags=given)
     check_output_file(out, Plan)
-    healing = HealConfig(text=config.text, seed=config.seed, device=config.device)
+    healing = HealConfig(text=config.text, seed=config.seed, device=config.device, tokens=config.pilot_tokens)
     pilots_of = Pilots(healing, out.with_name(f".{out.name}-pilot"))
     found = plan_verb.run(sensitivity, config, model=model, out=out, pilot=pilots_of)
     table = Table("layer", "mixer", "why")

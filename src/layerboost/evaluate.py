@@ -16,7 +16,7 @@ from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples, sequence_length
 from layerboost.data.sequences import Sequences
-from layerboost.errors import CheckpointError
+from layerboost.errors import CheckpointError, DataError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid, LogitsHead
 from layerboost.model.loading import (
@@ -67,6 +67,16 @@ class Config(DataConfig):
     task_limit: int | None = Field(None, ge=2)
     task_batch: int = Field(8, ge=1)
     task_folder: Path | None = None
+
+
+def check(config: Config, context: int, stretched: int = 0) -> None:
+    """Raises DataError for lengths that do not fit a model; windows may have `stretched` the sequences."""
+    length = max(sequence_length(config, context), stretched)
+    if config.completions and length // 2 + config.new_tokens > context:
+        raise DataError(
+            f"completions of {config.new_tokens} new_tokens after {length // 2} do not fit the model's context of "
+            f"{context}; ask for fewer new_tokens, or completions=0"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ def run(
     windows = [plan.window for plan in layers if plan.window is not None]
     context = base_config.max_position_embeddings
     length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
+    check(config, context, length)
     tokenizer, corpus = load_tokenizer(folder), open_corpus(config.text)
     data = samples(
         corpus, tokenizer, base_config.vocab_size, split="held_out", texts=config.texts, answers=config.answers,

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from layerboost.artifacts import disk_trouble, text_digest
-from layerboost.errors import PlanError
 from layerboost.progress import say
 from layerboost.provenance import versions
 
@@ -65,13 +64,9 @@ class Measured:
 
 @contextlib.contextmanager
 def kept_beside(out: Path | None, *of: str) -> Iterator[Measured]:
-    """Measurements in `OUT-measured` until `out` is written, or a plan turns out not to exist."""
+    """Measurements in `OUT-measured` until `out` is written; after an error they wait for other settings."""
     kept = Measured(None if out is None else out.with_name(f"{out.name}-measured"), *of)
-    try:
-        yield kept
-    except PlanError:
-        _remove(kept)
-        raise
+    yield kept
     _remove(kept)
 
 

@@ -230,7 +230,9 @@ class Scorer:
         """What is not known of them."""
         every = list(range(len(self.batches)))
         # reading layers from disk again costs more than holding many hidden states
-        groups, room = ([[n] for n in every], None) if self.resident is None else ([every], _memory() // 8)
+        groups, room = [[n] for n in every], None
+        if self.resident is not None:
+            groups, room = [every], _memory(self.model.device) // 8
         for group in groups:
             tokens = sum(self.batches[n][1].tokens.numel() for n in group)
             unknown = [plan for plan in plans if any(self._key(n, plan) not in self.kept for n in group)]
@@ -264,8 +266,10 @@ class Scorer:
             yield n, p - shift, token_scores(hidden, self.head, teacher[1], targets)
 
 
-def _memory() -> int:
-    """Of this machine, bytes."""
+def _memory(device: torch.device) -> int:
+    """Bytes: of the device, where hidden states are held."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

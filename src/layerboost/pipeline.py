@@ -29,6 +29,7 @@ from layerboost.artifacts import (
     save,
     write_text,
 )
+from layerboost.bench.vllm_engine import longest_of
 from layerboost.cost.device import find_device
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import sequence_length
@@ -37,6 +38,7 @@ from layerboost.errors import UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
 from layerboost.model.loading import describe, find_model, read_config
+from layerboost.passes import ranks
 from layerboost.pilot import Pilots
 from layerboost.progress import say
 from layerboost.provenance import command, provenance
@@ -114,13 +116,18 @@ def run(model: str | Path, recipe: Recipe, *, out: Path) -> Result:
 
     Raises:
         LayerBoostError: as the verbs do.
+        UsageError: several processes.
         EnvironmentTrouble: another process writes the same run folder, or the disk lacks space.
     """
     check_place(out)
+    if ranks()[1] > 1 or recipe.heal.shard:
+        raise UsageError(
+            "a run is one process; start analyze and heal by themselves with torchrun, and leave heal.shard out here"
+        )
     folder = find_model(model)
     config = read_config(folder)
     check_settings(config, recipe)
-    if not (out / "evaluation.json").exists():
+    if recipe.evaluate.tasks and "evaluate" in still_to_do(model, recipe, out=out):
         load_tasks(recipe.evaluate.tasks, recipe.evaluate.task_folder)
     if recipe.bench.engine == "vllm":
         require_vllm()
@@ -169,8 +176,9 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
     benching = recipe.section(bench.Config, "bench")
     context = config.max_position_embeddings
-    for looking in (analyzing, planning.measuring, evaluating):
+    for looking in (analyzing, planning.measuring):
         sequence_length(looking, context)
+    evaluate.check(evaluating, context)
     for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
     sources_digest(healing.data or [])
@@ -178,7 +186,9 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
     heal.check(healing, config)
-    if benching.engine != "vllm":
+    if benching.engine == "vllm":
+        longest_of(benching.serving, context)
+    else:
         bench.context_of(benching, context)
 
 

@@ -5,10 +5,10 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from layerboost.artifacts import MANIFEST, intact
+from layerboost.artifacts import MANIFEST, first_damaged
 from layerboost.errors import CheckpointError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan
-from layerboost.model.loading import find_model, is_hybrid, load_tokenizer, plan_of, read_config, weight_files
+from layerboost.model.loading import find_model, is_hybrid, is_local, load_tokenizer, plan_of, read_config, weight_files
 from layerboost.vllm import check_servable, require_vllm
 from layerboost.vllm.kv import good_block_size
 
@@ -40,14 +40,14 @@ def server_command(path: str | Path, flags: list[str]) -> list[str]:
     config = read_config(folder, quantised=True)
     weight_files(folder)
     load_tokenizer(folder)
-    if (folder / MANIFEST).exists() and not intact(folder, deep=True):
-        raise CheckpointError(f"{folder}: its files are not as they were written; fetch or make it again")
+    if (folder / MANIFEST).exists() and (name := first_damaged(folder, deep=True)):
+        raise CheckpointError(f"{folder}: {name} is missing or not as it was written; fetch or make it again")
     layers: list[LayerPlan] = []
     if is_hybrid(config):
         layers = plan_of(config, folder)
         check_servable(layers)
         _check_plugin()
-    defaults = {"--host": "127.0.0.1", "--served-model-name": folder.resolve().name}
+    defaults = {"--host": "127.0.0.1", "--served-model-name": folder.resolve().name if is_local(path) else str(path)}
     if _on_cpu():
         defaults["--block-size"] = str(good_block_size(layers, on_cpu=True))
         defaults["--gpu-memory-utilization"] = _SHARE_OF_MEMORY

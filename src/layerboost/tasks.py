@@ -382,8 +382,8 @@ def _likelihoods(
             computed += inputs.numel() * count_layers(part)
             for _, p, final in finals(model, [inputs], part):
                 values, hits = _scores(final[scored], head, targets[scored])
-                owner = scored.nonzero()[:, 0]
-                total = torch.zeros(len(some), dtype=torch.float64, device=owner.device)
+                values, hits, owner = values.cpu(), hits.cpu(), scored.nonzero()[:, 0].cpu()  # not all have float64
+                total = torch.zeros(len(some), dtype=torch.float64)
                 total.index_add_(0, owner, values.double())
                 missed = torch.bincount(owner[~hits], minlength=len(some))
                 kept[keys[unknown[chosen[p]]]] = [total.tolist(), (missed == 0).tolist()]

@@ -9,7 +9,7 @@ import torch
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import probe_sequences
 from layerboost.data.samples import TEXT, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
-from layerboost.data.sequences import Sequences
+from layerboost.data.sequences import Sequences, beginning
 from layerboost.errors import DataError
 from layerboost.model.hybrid import Hybrid
 from layerboost.progress import say
@@ -115,14 +115,15 @@ class Looking:
         """A user's own, one JSON object per line: `text`, or `prompt` and `answer`, of which the answer counts."""
         rows: list[tuple[list[int], int]] = []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as trouble:
             raise DataError(f"prompts {path} cannot be read: {trouble}; name a file of JSON lines") from None
         for number, line in enumerate(lines, 1):
             if line.strip():
                 prompt, answer = _prompt_of(line, f"{path.name} line {number}")
                 before = self._ids(prompt) if prompt else []
-                tokens = (before + self._ids(answer))[-self.context :]
+                begin = beginning(self.tokenizer)
+                tokens = begin + (before + self._ids(answer))[len(begin) - self.context :]
                 rows.append((tokens, max(1, len(tokens) - len(self._ids(answer)))))
         rows = [(tokens, start) for tokens, start in rows if len(tokens) > start]
         if len(rows) < 2:

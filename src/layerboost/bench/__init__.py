@@ -30,7 +30,10 @@ from layerboost.model.loading import (
     read_config,
 )
 from layerboost.model.shapes import Shape
+from layerboost.progress import say
 from layerboost.provenance import provenance
+
+_TRANSFORMERS_ALONE = {"context", "new_tokens", "batch", "device"}
 
 
 class Config(Record):
@@ -127,6 +130,9 @@ def _configurations(base: PreTrainedConfig, layers: list[LayerPlan]) -> Iterator
 
 
 def _measure(pair: Pair, base_config: PreTrainedConfig, config: Config, out: Path | None) -> Bench:
+    unused = (_TRANSFORMERS_ALONE if config.engine == "vllm" else {"serving"}) & config.model_fields_set
+    if unused:
+        say(f"engine {config.engine} does not look at {', '.join(sorted(unused))}")
     on_engine = _on_vllm if config.engine == "vllm" else _on_transformers
     bench = on_engine(pair, base_config, config)
     if out is not None:

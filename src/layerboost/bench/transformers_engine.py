@@ -47,8 +47,8 @@ def _clock(device: torch.device) -> Callable[[], float]:
     """Wall time once everything that was asked of the device is done."""
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         return time.perf_counter()
 
     return now

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,19 +45,19 @@ class Serving(Record):
             decoding; none unless lengths are given.
         block_size: tokens per block of the cache; None fits the narrowest window.
         max_batched_tokens: most tokens of one step; None is vLLM's own.
-        dtype: None is float32 on CPU and the checkpoint's own elsewhere.
+        dtype: None is float32 on CPU, elsewhere the checkpoint's own, or bfloat16 for one in float32.
         eager: without compilation and CUDA graphs; None is so on CPU alone.
         tensor_parallel: devices per engine.
     """
 
-    concurrency: list[int] = Field([50, 100, 200], min_length=1)
+    concurrency: list[Annotated[int, Field(ge=1)]] = Field([50, 100, 200], min_length=1)
     prompt_tokens: int = Field(256, ge=1)
     output_tokens: int = Field(64, ge=1)
     rounds: int = Field(1, ge=1)
     kv: list[Literal["ample", "limited"] | WholeBytes] = Field(["ample", "limited"], min_length=1)
     limited_share: float = Field(0.25, gt=0, le=1)
     decode_batch: int = Field(16, ge=1)
-    decode_lengths: list[int] = Field(default_factory=list)
+    decode_lengths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     block_size: int | None = Field(None, ge=1)
     max_batched_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -110,12 +110,7 @@ def measure(
     """
     require_vllm()
     check_servable(layers)
-    longest = max(load.prompt_tokens + load.output_tokens for load in serving.loads() + serving.decode_loads())
-    if longest > base_config.max_position_embeddings:
-        raise DataError(
-            f"prompt and output make {longest} tokens, the model takes {base_config.max_position_embeddings}; choose "
-            "shorter ones"
-        )
+    longest = longest_of(serving, base_config.max_position_embeddings)
     options = _options(base_config, layers, serving, longest, random_weights)
     cells: list[ServingCell] = []
     facts: dict[str, Any] = {}
@@ -129,6 +124,14 @@ def measure(
     return cells, facts
 
 
+def longest_of(serving: Serving, context: int) -> int:
+    """Tokens of the longest request; raises DataError where it does not fit the model."""
+    longest = max(load.prompt_tokens + load.output_tokens for load in serving.loads() + serving.decode_loads())
+    if longest > context:
+        raise DataError(f"prompt and output make {longest} tokens, the model takes {context}; choose shorter ones")
+    return longest
+
+
 def _options(
     base_config: PreTrainedConfig, layers: list[LayerPlan], serving: Serving, longest: int, random_weights: bool
 ) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def _options(
     on_cpu = not torch.cuda.is_available()
     block = serving.block_size or good_block_size(layers, on_cpu)
     options: dict[str, Any] = {
-        "dtype": serving.dtype or ("float32" if on_cpu else "auto"),
+        "dtype": serving.dtype or ("float32" if on_cpu else _short(base_config.dtype)),
         "load_format": "dummy" if random_weights else "auto",
         "enforce_eager": on_cpu if serving.eager is None else serving.eager,
         "max_model_len": longest,
@@ -151,6 +154,12 @@ def _options(
     return options
 
 
+def _short(dtype: torch.dtype | str | None) -> str:
+    """What vLLM makes of a checkpoint's dtype on a GPU, said aloud: the cache is counted in it."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name == "float16" else "bfloat16"
+
+
 def kv_memory(
     kv: str | int, base_config: PreTrainedConfig, layers: list[LayerPlan], serving: Serving, options: dict[str, Any]
 ) -> int:
@@ -158,8 +167,7 @@ def kv_memory(
     if isinstance(kv, int):
         return kv
     shape = HeadShape.of(base_config)
-    dtype = base_config.dtype if options["dtype"] == "auto" else options["dtype"]
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    dtype = getattr(torch, options["dtype"])
     groups = max(1, shape.groups // serving.tensor_parallel)
     native, block = native_windows(base_config), options["block_size"]
     layouts = [

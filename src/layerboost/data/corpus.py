@@ -95,8 +95,8 @@ def open_corpus(source: Path | None) -> Corpus:
 
     Args:
         source: a UTF-8 text file, a `.jsonl` file of objects with a `text` key, a `.parquet` file with a `text` column,
-            or a folder of such files. Long text files are cut into pieces of 4,096 characters, so that every split
-            gets some; a row is a document, and counts once however often it comes.
+            or a folder of such files, of which hidden ones are left out. Long text files are cut into pieces of 4,096
+            characters, so that every split gets some; a row is a document, and counts once however often it comes.
 
     Raises:
         DataError: nothing there, nothing that can be read, or too little for every split.
@@ -135,7 +135,7 @@ def _tell_left_out(source: Path, files: int, names: tuple[str, ...]) -> None:
 
 
 def files_of(source: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the file, or all files under a folder in order.
+    """The folder that names are relative to, and the file, or all files under a folder in order, but hidden ones.
 
     Raises:
         DataError: there is no such file or folder.
@@ -143,8 +143,14 @@ def files_of(source: Path) -> tuple[Path, list[Path]]:
     if not source.exists():
         raise DataError(f"text {source} does not exist; name a file or a folder of UTF-8 text")
     if source.is_dir():
-        return source, sorted(path for path in source.rglob("*") if path.is_file())
+        paths = sorted(path for path in source.rglob("*") if path.is_file())
+        return source, [path for path in paths if not _hidden(path.relative_to(source))]
     return source.parent, [source]
+
+
+def _hidden(path: Path) -> bool:
+    """A repository's own book-keeping is no text of its owner's."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _pieces(root: Path, path: Path) -> list[Document]:
@@ -178,7 +184,7 @@ def read_rows(path: Path, column: str, name: str | None = None) -> list[tuple[st
     if path.suffix == ".parquet":
         return [(f"{name} row {n}", row) for n, row in enumerate(_read_parquet(path, column, name), 1)]
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold the other ends of lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold the other ends of lines
     except (OSError, UnicodeDecodeError) as trouble:
         raise DataError(f"{name} cannot be read: {trouble}; it must be UTF-8 with one JSON object a line") from None
     return [(f"{name} line {n}", _parsed(line)) for n, line in enumerate(lines, 1) if line.strip()]

@@ -55,11 +55,13 @@ class ProbeMaker:
         words: `[A]` ids of ordinary tokens.
         text: `[S]` ids of text that needles are hidden in; no probe is longer than this.
         rng: where the randomness comes from.
+        begin: what the tokenizer begins texts with, and so every probe: one id or none.
     """
 
     words: np.ndarray
     text: np.ndarray
     rng: np.random.Generator
+    begin: tuple[int, ...] = ()
 
     def copy(self, length: int, distance: int | None) -> Row:
         if distance is None:
@@ -144,15 +146,18 @@ def probe_sequences(maker: ProbeMaker, probe: str, *, count: int, length: int, d
     Raises:
         DataError: the length leaves no room for such a distance.
     """
-    if distance is not None and not 1 <= distance <= length - 24:
+    room = length - len(maker.begin)
+    if distance is not None and not 1 <= distance <= room - 24:
         raise DataError(
-            f"probe distance {distance} does not fit probes of {length} tokens; choose 1 to {length - 24}, or longer "
+            f"probe distance {distance} does not fit probes of {length} tokens; choose 1 to {room - 24}, or longer "
             "probes"
         )
     if length < 32 or length > len(maker.text):
         raise DataError(f"probe length {length} must be at least 32 and at most the {len(maker.text)} tokens of text")
-    rows = [PROBES[probe](maker, length, distance) for _ in range(count)]
+    rows = [PROBES[probe](maker, room, distance) for _ in range(count)]
     tokens, scored = (np.stack(part) for part in zip(*rows, strict=True))
+    for begin in maker.begin:
+        tokens, scored = (np.insert(part, 0, first, axis=1) for part, first in ((tokens, begin), (scored, False)))
     return Sequences(torch.from_numpy(tokens), torch.from_numpy(scored))
 
 

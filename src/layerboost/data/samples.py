@@ -12,7 +12,7 @@ from pydantic import Field
 from layerboost.artifacts import Record, text_digest
 from layerboost.data.corpus import Corpus, Split, open_corpus, standard_library
 from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
-from layerboost.data.sequences import Sequences, Wanted, text_sequences, token_stream
+from layerboost.data.sequences import Sequences, Wanted, beginning, text_sequences, token_stream
 from layerboost.data.sources import (
     Generate,
     Source,
@@ -125,7 +125,8 @@ def probe_maker(corpus: Corpus, tokenizer: Any, vocabulary: int, *, split: Split
             f"text {corpus.name}: its {split} split holds {len(hay)} tokens, probes need {length}; give more text or a "
             "shorter length"
         )
-    return ProbeMaker(ordinary_tokens(tokenizer, vocabulary), hay, np.random.default_rng(seed + 2))
+    words, begin = ordinary_tokens(tokenizer, vocabulary), tuple(beginning(tokenizer))
+    return ProbeMaker(words, hay, np.random.default_rng(seed + 2), begin)
 
 
 def training_rows(
@@ -180,10 +181,11 @@ def training_rows(
             raise UsageError("a source of kind generated needs a teacher that writes, and here is none")
         return generated_rows(own, tokenizer, wanted, generate, cache, teacher)
 
+    begin = next(iter(beginning(tokenizer)), None)
     parts, counts = [], _counts(sources, rows)
     for source, count in zip(sources, counts, strict=True):
         if count:
-            parts.append(draw(source, Wanted(count, length, pack, seed)))
+            parts.append(draw(source, Wanted(count, length, pack, seed, begin)))
             check_vocabulary(parts[-1].tokens, vocabulary)
     together = Sequences.concatenate(parts)
     return together[torch.from_numpy(evenly(counts, seed))]

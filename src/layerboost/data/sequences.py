@@ -58,8 +58,16 @@ def _whole(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1]).expand_as(tokens)
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The one token that the tokenizer itself puts before every text, or none. Models that were trained so (Gemma,
+    Llama) are others without it."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 def tokenised(documents: Sequence[Document], tokenizer: Any, *, piece: int, seed: int) -> Iterator[Piece]:
-    """Every piece of the documents in random order, all of it scored; before each stands the end-of-text token.
+    """Every piece of the documents in random order, all of it scored; before each stands what the tokenizer begins
+    texts with, or else the end-of-text token.
 
     Args:
         piece: characters per piece. Short pieces make a sample diverse, and tokenizers take quadratic
@@ -67,7 +75,8 @@ def tokenised(documents: Sequence[Document], tokenizer: Any, *, piece: int, seed
     """
     pieces = [(d, start) for d, document in enumerate(documents) for start in range(0, len(document.text), piece)]
     order = np.random.default_rng(seed).permutation(len(pieces))
-    separator = [t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None][:1]
+    ends = [t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None]
+    separator = beginning(tokenizer) or ends[:1]
     for start in range(0, len(order), 64):
         texts = [documents[d].text[at : at + piece] for d, at in (pieces[i] for i in order[start : start + 64])]
         for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -105,6 +114,8 @@ def text_sequences(documents: Sequence[Document], tokenizer: Any, *, count: int,
     stream = token_stream(documents, tokenizer, tokens=count * length, piece=4 * length, seed=seed)
     rows = len(stream) // length
     tokens = torch.from_numpy(stream[: rows * length].reshape(rows, length))
+    for begin in beginning(tokenizer):  # rows begin in the midst of texts, and their first token does not count
+        tokens[:, 0] = begin
     scored = torch.ones_like(tokens, dtype=torch.bool)
     scored[:, :1] = False
     return Sequences(tokens, scored)
@@ -119,12 +130,14 @@ class Wanted:
         pack: lay documents end to end; what does not fit into a row goes on in the next as a document of its own.
             Otherwise every row is one document, or a part of it, and padding.
         seed: of the order of documents.
+        begin: what the rest of a document that goes on in another row begins with, in place of its first token.
     """
 
     rows: int
     length: int
     pack: bool
     seed: int
+    begin: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -143,13 +156,13 @@ def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
     pieces = [piece for piece in pieces if len(piece[0])]
     lay_out = _packed if wanted.pack else _padded
     shuffle = np.random.default_rng(wanted.seed)
-    first = lay_out(pieces, wanted.length)
+    first = lay_out(pieces, wanted)
     if not len(first):
         raise DataError(f"{name} holds less than one sequence of {wanted.length} tokens to learn from; give more text")
     parts = [first[: wanted.rows]]
     missing = wanted.rows - len(parts[0])
     while missing:
-        part = lay_out([pieces[i] for i in shuffle.permutation(len(pieces))], wanted.length)
+        part = lay_out([pieces[i] for i in shuffle.permutation(len(pieces))], wanted)
         # of a few short documents, another order may make no row
         parts.append((part if len(part) else first)[:missing])
         missing -= len(parts[-1])
@@ -158,22 +171,27 @@ def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
     return Sequences(found.tokens, found.scored) if whole else found
 
 
-def _packed(documents: Sequence[Piece], length: int) -> Sequences:
+def _packed(documents: Sequence[Piece], wanted: Wanted) -> Sequences:
+    length = wanted.length
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     whole = lengths.sum() // length * length
     starts = np.zeros(lengths.sum(), dtype=bool)
     starts[np.cumsum(lengths) - lengths] = True
+    rests = ~starts[::length]
     starts[::length] = True
     places = np.arange(len(starts))
     positions = places - np.maximum.accumulate(np.where(starts, places, 0))
     tokens = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in documents)])
+    if wanted.begin is not None:
+        tokens[::length][rests] = wanted.begin
     scored = np.concatenate([starts[:0], *(scored for _, scored in documents)]) & ~starts
     return _worth(*(flat[:whole].reshape(-1, length) for flat in (tokens, scored, positions)))
 
 
-def _padded(documents: Sequence[Piece], length: int) -> Sequences:
+def _padded(documents: Sequence[Piece], wanted: Wanted) -> Sequences:
+    length = wanted.length
     parts = [
-        (ids[at : at + length], scored[at : at + length])
+        (ids[at : at + length], scored[at : at + length], at > 0)
         for ids, scored in documents
         for at in range(0, len(ids), length)
         if not at or len(ids) - at >= length // 8  # the last bit of a document is not worth a row of padding
@@ -181,8 +199,10 @@ def _padded(documents: Sequence[Piece], length: int) -> Sequences:
     tokens = np.zeros((len(parts), length), dtype=np.int64)  # any id serves as padding
     scored = np.zeros(tokens.shape, dtype=bool)
     positions = np.full_like(tokens, -1)
-    for row, (ids, counts) in enumerate(parts):
+    for row, (ids, counts, rest) in enumerate(parts):
         tokens[row, : len(ids)], scored[row, : len(ids)] = ids, counts
+        if rest and wanted.begin is not None:
+            tokens[row, 0] = wanted.begin
         positions[row, : len(ids)] = np.arange(len(ids))
     scored[:, :1] = False
     return _worth(tokens, scored, positions)

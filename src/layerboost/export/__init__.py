@@ -13,10 +13,11 @@ import torch
 
 from layerboost import __version__
 from layerboost.artifacts import (
+    CARD,
     MANIFEST,
     check_output_folder,
     check_space,
-    intact,
+    first_damaged,
     publish_folder,
     read_json,
     recorded_inputs,
@@ -68,12 +69,12 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
     folder = find_model(hybrid)
     config = read_config(folder)
     plan_of(config, folder)
-    if (folder / MANIFEST).exists() and not intact(folder, deep=True):
-        raise CheckpointError(f"{folder} is not as it was written; make it again")
+    if (folder / MANIFEST).exists() and (name := first_damaged(folder, deep=True)):
+        raise CheckpointError(f"{folder}: {name} is missing or not as it was written; make it again")
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"{out} is the hybrid itself, or inside it; name another --out")
     check_output_folder(out)
-    made_from = recorded_inputs(out)
+    made_from = recorded_inputs(out, damaged=True)  # hours of healing are worth a question, whatever became of them
     if made_from is not None and "form" not in made_from:
         raise UsageError(f"{out} is a hybrid, and no export; name another --out, or remove it")
     check_space(out, sum(path.stat().st_size for path in weight_files(folder)))
@@ -87,14 +88,14 @@ def _portable(folder: Path, config: Any, out: Path) -> None:
     names = (config_class(family_of(config)).__name__, model_class(family_of(config)).__name__)
     with publish_folder(out, _inputs(folder, "portable")) as partial:
         for path in folder.iterdir():
-            if path.is_file() and path.name not in (MANIFEST, "README.md", "config.json", ".lock"):
+            if path.is_file() and path.name not in (MANIFEST, CARD, "config.json", ".lock"):
                 shutil.copyfile(path, partial / path.name)
         raw = read_json(folder / "config.json", CheckpointError)
         raw["auto_map"] = {"AutoConfig": f"{CODE}.{names[0]}", "AutoModelForCausalLM": f"{CODE}.{names[1]}"}
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         for name, text in portable_code(family_of(config), *names).items():
             (partial / name).write_text(text, encoding="utf-8")
-        (partial / "README.md").write_text(_card("portable", out.name, config), encoding="utf-8")
+        (partial / CARD).write_text(_card("portable", out.name, config), encoding="utf-8")
         failed = [check for check in verify.run(partial, folder, trust_remote_code=True) if not check.holds]
         if failed:
             raise CheckpointError(f"{out} was not written: {failed[0].name}: {failed[0].found}")
@@ -122,7 +123,7 @@ def _native(folder: Path, config: Any, out: Path) -> None:
         for path in folder.iterdir():
             if is_tokenizer_file(path) or path.name == "generation_config.json":
                 shutil.copyfile(path, partial / path.name)
-        (partial / "README.md").write_text(_card("native", out.name, config, model), encoding="utf-8")
+        (partial / CARD).write_text(_card("native", out.name, config, model), encoding="utf-8")
         failed = [check for check in verify.run(partial, folder) if not check.holds]
         if failed:
             raise CheckpointError(f"{out} was not written: {failed[0].name}: {failed[0].found}")

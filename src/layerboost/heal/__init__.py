@@ -214,7 +214,7 @@ def run(
     if out.resolve() in (student_folder.resolve(), folder.resolve()):
         raise UsageError(f"{out} is what is read; name another --out")
     check_output_folder(out)
-    if recorded_inputs(out) is not None and not (out / HEALING).exists():
+    if recorded_inputs(out, damaged=True) is not None and not (out / HEALING).exists():
         raise UsageError(f"{out} is no healed model, and would be replaced; name another --out, or remove it")
     base_config = read_config(folder)
     check(config, base_config)

@@ -112,8 +112,8 @@ def documents(rows: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
 def open_teacher(url: str, healer: Any, rows: Sequences, top_k: int) -> ServedTeacher:
     """A server's model, after comparing it with the teacher that is here.
 
-    Compared are log-probabilities of the likeliest tokens, on the beginnings of the first documents: whatever makes a
-    model another one (weights, a plan, a vocabulary) changes them, and nothing else does.
+    Compared are log-probabilities of the likeliest tokens, on the first scored tokens of the first documents: whatever
+    makes a model another one (weights, a plan, a vocabulary) changes them, and nothing else does.
 
     Raises:
         EnvironmentTrouble: nothing answers there, or it refuses.
@@ -122,8 +122,10 @@ def open_teacher(url: str, healer: Any, rows: Sequences, top_k: int) -> ServedTe
     address, model = served_model(url, start=_start(top_k))
     longest = max(len(tokens) for tokens, _ in documents(rows))
     served = ServedTeacher(address, model, top_k, longest)
-    cut = ((tokens[:_CHECKED_TOKENS], scored[:_CHECKED_TOKENS]) for tokens, scored in documents(rows))
-    for tokens, scored in islice((document for document in cut if document[1].any()), _CHECKED):
+    asked = ((tokens, scored) for tokens, scored in documents(rows) if scored.any())
+    for tokens, scored in islice(asked, _CHECKED):
+        end = int(scored.nonzero()[0]) + _CHECKED_TOKENS
+        tokens, scored = tokens[:end], scored[:end]
         distance = _distance(served, healer, Sequences(tokens[None], scored[None]))
         if not distance < _FAR:
             raise UsageError(

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from layerboost.errors import EnvironmentTrouble, UsageError
 from layerboost.heal.student import Healer
 from layerboost.passes import ranks
+from layerboost.progress import say
 
 _BLOCK, _SCALES = 64, 256  # numbers per scale in 4 bits, and scales that are held in 8 bits together
 _BLOCKS = _BLOCK * _SCALES
@@ -52,15 +53,19 @@ def quantize(healer: Healer, bits: Literal["int8", "int4"]) -> None:
     except ImportError as trouble:
         raise EnvironmentTrouble(f"quantize={bits}: {trouble}; pip install 'layerboost[quantize]'") from None
     trained = set(healer.parameters.values())
+    total, held = sum(p.numel() for p in healer.model.decoder_layers.parameters() if p not in trained), 0
     for module in (module for layer in healer.model.decoder_layers for module in layer.modules()):
         if not isinstance(module, nn.Linear) or module.weight in trained:
             continue
         if bits == "int8":
+            held += module.weight.numel()
             quantize_(module, Int8WeightOnlyConfig())
         elif module.weight.numel() % _BLOCKS == 0:
+            held += module.weight.numel()
             weight = NF4Tensor.from_tensor(module.weight.detach(), _BLOCK, _SCALES)
             module.weight = nn.Parameter(weight, requires_grad=False)
         module.forward = partial(_linear, module)  # type: ignore[method-assign]
+    say(f"quantize: {held / total:.0%} of the layers' weights are held in {bits}, the others as they were")
 
 
 def _linear(module: nn.Linear, given: Tensor) -> Tensor:

@@ -112,6 +112,9 @@ def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str
         "teacher": teacher, "rows": rows_digest(rows), "top_k": text_digest(top_k), "source": text_digest(source),
     }  # fmt: skip
     rank, world = ranks()
+    whole = Signals(folder, tuple(rows.scored[:, 1:].sum(1).tolist()))
+    if gather(rank or ((folder / _INDEX).exists() and not _missing(folder, made_of, rows, top_k)))[0]:
+        return whole  # which any number of healings may read at once
     with lock(folder) if rank == 0 else contextlib.nullcontext():
         missing = gather(_missing(folder, made_of, rows, top_k) if rank == 0 else None)[0]
         served = open_teacher(url, healer, rows, top_k) if url is not None and missing else None
@@ -128,7 +131,7 @@ def signals(folder: Path, healer: Any, rows: Sequences, top_k: int, teacher: str
                     _write(_path(folder, number), ids, found, healer.model.config.vocab_size, made_of)
                 advance()
         gather(None)
-    return Signals(folder, tuple(rows.scored[:, 1:].sum(1).tolist()))
+    return whole
 
 
 def _missing(folder: Path, made_of: dict[str, str], rows: Sequences, top_k: int) -> list[int]:

@@ -54,6 +54,12 @@ def find_targets(model: Hybrid, layers: list[LayerPlan], config: "Config") -> li
     """
     if all(plan.mixer == "full_attention" for plan in layers):
         return []
+    present, named = set(roles(layers)), {target.split(".")[0] for target in config.targets}
+    if not present & named:
+        raise UsageError(
+            f"targets: no layer of this plan is {' or '.join(sorted(named))}; its layers are "
+            f"{', '.join(role for role in get_args(Role) if role in present)}"
+        )
     found: list[Target] = []
     unmet = {target for target in config.targets if _role_is_there(target, layers)}
     stack = model.anatomy.layers
@@ -79,7 +85,8 @@ def find_targets(model: Hybrid, layers: list[LayerPlan], config: "Config") -> li
         say("nothing that takes adapters is left behind the first change, so layers before it are trained")
         return find_targets(model, layers, config.model_copy(update={"targets": [*config.targets, "before"]}))
     if not found:
-        raise UsageError(f"targets: {', '.join(config.targets)} have nothing that could be trained; set train=full")
+        advice = "set train=full" if config.train == "lora" else "name more of them"
+        raise UsageError(f"targets: {', '.join(config.targets)} have nothing that could be trained; {advice}")
     return found
 
 

@@ -35,7 +35,8 @@ from layerboost.model.selfcheck import check_faithful
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
-_WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+# code is read by nothing here without a flag, but is among the files that a portable export must have whole
+_WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
 def find_model(source: str | Path) -> Path:
@@ -132,7 +133,7 @@ def _built_empty(config: PreTrainedConfig) -> Any:
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     for key in (*sizes, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window"):
         value = getattr(config, key, None)
-        optional = value is None and key in ("num_key_value_heads", "head_dim", "sliding_window")
+        optional = value is None and key in ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size")
         optional = optional or (value == 0 and key == "sliding_window")  # none, to some families
         if not optional and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from layerboost.artifacts import check_space, publish_folder
+from layerboost.artifacts import CARD, check_space, publish_folder
 from layerboost.errors import CheckpointError, EnvironmentTrouble, TrainingError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
@@ -81,7 +81,7 @@ def save_hybrid(
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         base = model.config.layerboost["provenance"].get("base", {}).get("name", "a base model")
-        (folder / "README.md").write_text(_card(out.name, base, what, model.plan), encoding="utf-8")
+        (folder / CARD).write_text(_card(out.name, base, what, model.plan), encoding="utf-8")
         _read_back(model, folder)
 
 

@@ -90,7 +90,7 @@ def mixed_plan(shares: str, layers: int, window: int) -> list[LayerPlan]:
         percent = [float(part) for part in parts]
     except ValueError:
         percent = []
-    if len(percent) != 3 or abs(sum(percent) - 100) > 1e-6 or min(percent) < 0:
+    if len(percent) != 3 or not abs(sum(percent) - 100) <= 1e-6 or min(percent) < 0:
         raise UsageError(f"plan {shares!r} must be three percentages that add up to 100, such as 25/50/25, or a file")
     mixers = (LayerPlan("full_attention"), LayerPlan("sliding_attention", window=window), LayerPlan("no_attention"))
     wanted = [share / 100 for share in percent]
@@ -117,7 +117,7 @@ class Shape(Record):
     vocabulary: int | None = Field(None, ge=2)
     heads: int | None = Field(None, ge=1)
     kv_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=2)
+    head_dim: int | None = Field(None, ge=2, multiple_of=2)
     plan: str = "25/50/25"
     window: int = Field(64, ge=1)
 

@@ -57,6 +57,7 @@ _FRONT_POINTS = 24
 # of the search's best plans so many are measured on so many times its data, for at most this part of its limit
 _FINALISTS, _MORE_DATA, _FINAL_SHARE = 6, 3, 3
 _OTHER_SEED = 500
+_OF_LOAD = ("device_profile", "concurrency", "prompt_tokens", "output_tokens", "kv_memory")
 _MEASURED = ("text_kl", "text_nll", "recall_kl", "recall_nll", *PROBES)
 
 
@@ -227,6 +228,8 @@ def run(
             )
     elif planner in ("greedy", "gates") or config.pilots:
         raise PlanError(f"{'pilots' if config.pilots else planner} measures whole plans; name the model with --model")
+    if config.pilots and pilot is None:
+        raise PlanError("pilots are healed by the command line and by runs; leave them out here")
     budget = Budget(sensitivity.model, config, model_config)
     with kept_beside(out, sensitivity.model.digest, pick_device(config.device)) as kept:
         found = PLANNERS[planner](sensitivity, budget, config, folder, kept)
@@ -258,6 +261,13 @@ def settled(config: Config, planner: PLANNER) -> Config:
         )
     if config.max_loss is not None and planner not in ("greedy", "milp"):
         raise PlanError(f"planner {planner} knows no max_loss; use greedy or milp, or another budget")
+    if planner == "gates" and config.has_budget and config.kv_reduction is None and config.kv_bytes is None:
+        raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
+    of_load = [name for name in _OF_LOAD if getattr(config, name) != Config.model_fields[name].default]
+    if config.throughput is None and of_load:
+        raise PlanError(f"{', '.join(of_load)}: a throughput budget looks at that; set throughput too, or leave it out")
+    if config.throughput is None and config.engine != "vllm" and config.block_size is not None:
+        raise PlanError("block_size is for engine vllm; set engine=vllm too, or leave it out")
     unknown = [metric for metric in config.weights if metric not in _MEASURED]
     if planner == "greedy" and unknown:
         raise PlanError(
@@ -345,8 +355,7 @@ def _additive_start(
 
 
 def _gates(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Path | None, _: Measured) -> Found:
-    if budget.kv_limit is None:
-        raise PlanError("gates are learned against a limit on the cache; give kv_reduction or kv_bytes")
+    assert budget.kv_limit is not None  # as settled has seen to
     started = time.monotonic()
     model = _model(config, folder)
     data = _data(model, sensitivity, config, folder)
@@ -403,8 +412,8 @@ def _piloted(
     kept: Measured,
 ) -> Found:  # fmt: skip
     """The plan that does best after a brief healing, among the best few at the budget."""
-    if pilot is None or folder is None:
-        raise PlanError("pilots are healed by the command line and by runs; leave them out here")
+    assert pilot is not None
+    assert folder is not None
     if config.max_loss is not None and budget.kv_limit is None and budget.throughput is None:
         say("pilots: max_loss asks for the smallest cache, not for the best plan of a size, so none are healed")
         return found

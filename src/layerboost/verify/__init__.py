@@ -31,7 +31,7 @@ DTYPES = Literal["float32", "bfloat16", "float16"]
 # of the largest logit: what differs by less is rounding, of other kernels or of other versions
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 SERVED_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # nats; engines round in other places
-_LONGEST = 1_024
+_LONG, _BEYOND = 1_024, 64  # tokens of a long prompt; at least so many beyond the widest window
 
 
 class Check(Record):
@@ -116,10 +116,10 @@ def _reference(folder: Path, other: Path, dtype: DTYPES) -> tuple[Any, list[Laye
 
 
 def _prompts(record: ModelRecord, layers: list[LayerPlan], vocabulary: int, room: int = 8) -> dict[str, Tensor]:
-    """Around the widest window that fits, and well beyond it; with `room` for what comes after a prompt."""
-    longest = max(1, min(record.context - room, _LONGEST))
-    windows = [plan.window for plan in layers if plan.window and plan.window < longest]
-    edge = max(windows, default=16)
+    """Around the widest window that the context holds, and beyond it; with `room` for what comes after a prompt."""
+    context = max(1, record.context - room)
+    edge = max((plan.window for plan in layers if plan.window and plan.window < context), default=16)
+    longest = min(context, max(_LONG, edge + _BEYOND))
     lengths = {1, edge - 1, edge, edge + 1, 2 * edge + 3, 3 * edge + 64}
     generator = torch.Generator().manual_seed(0)
     return {

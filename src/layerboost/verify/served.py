@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -110,6 +111,13 @@ def differences(model: Any, prompts: dict[str, Tensor], answers: dict[str, Answe
         whole = torch.cat([tokens, torch.tensor([answer.tokens])], 1).to(model.device)
         logits = model(whole, use_cache=False).logits[0, tokens.shape[1] - 1 : -1].float().cpu()
         for row, token, given in zip(logits.log_softmax(-1), answer.tokens, answer.logprobs, strict=True):
-            from_best = max(from_best, (row.max() - row[token]).item())
-            from_ours = max(from_ours, *(abs(row[other].item() - value) for other, value in given.items()))
+            from_best = max(from_best, _or_infinite(row.max().item() - row[token].item()))
+            from_ours = max(
+                from_ours, *(_or_infinite(abs(row[other].item() - value)) for other, value in given.items())
+            )
     return from_best, from_ours
+
+
+def _or_infinite(off: float) -> float:
+    """A difference to what is no number is none that `max` would see."""
+    return math.inf if math.isnan(off) else off
