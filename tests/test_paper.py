@@ -67,7 +67,13 @@ def test_a_slip_in_a_task_is_found_before_any_work(tiny, tmp_path):
         pipeline.run(
             tiny,
             load_recipe(
-                "paper", ["heal.length=64", "evaluate.tasks=[chose]", f"evaluate.task_folder={small_tasks(tmp_path)}"]
+                "paper",
+                [
+                    "heal.length=64",
+                    "bench.serving={prompt_tokens: 64, output_tokens: 16}",
+                    "evaluate.tasks=[chose]",
+                    f"evaluate.task_folder={small_tasks(tmp_path)}",
+                ],
             ),
             out=tmp_path / "run",
         )
