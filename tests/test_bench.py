@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from layerboost import bench
 from layerboost.artifacts import Load, Ratio, Served
 from layerboost.bench.transformers_engine import kv_bytes
-from layerboost.bench.vllm_engine import _interleaved
+from layerboost.bench.vllm_engine import _interleaved, _options, kv_memory
 from layerboost.errors import DataError
-from layerboost.model.loading import load_model, load_original
+from layerboost.model.loading import load_model, load_original, read_config
 from tests.tiny import FULL, NONE, make_checkpoint, window
 
 TOKEN = 2 * 2 * 8 * 4  # keys and values, heads, head size, float32
@@ -67,3 +68,33 @@ def test_both_models_get_the_same_prompts_and_no_prompts_come_twice():
     assert base == hybrid
     measured = [seed for requests, seed in base if requests > 1]
     assert len(measured) == len(set(measured)) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "vllm", "context": 64, "batch": 2, "repeats": 3}, "engine vllm does not look at batch, context"),
+        ({"serving": bench.Serving()}, "engine transformers does not look at serving"),
+        ({"engine": "vllm", "serving": bench.Serving()}, ""),
+        ({"context": 64, "batch": 2}, ""),
+    ],
+)
+def test_what_an_engine_does_not_look_at_is_said(monkeypatch, capfd, settings, said):
+    for engine in ("_on_vllm", "_on_transformers"):
+        monkeypatch.setattr(bench, engine, lambda *_: None)
+    bench._measure(None, None, bench.Config(**settings), None)
+    assert capfd.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), (None, "bfloat16")]
+)
+def test_on_a_gpu_the_cache_is_counted_in_what_the_engine_is_told(tmp_path, monkeypatch, dtype, wanted):
+    config = read_config(make_checkpoint(tmp_path / "base", "llama"))
+    config.dtype = dtype
+    assert _options(config, [FULL] * 4, bench.Serving(), 320, False)["dtype"] == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = _options(config, [FULL] * 4, bench.Serving(), 320, False)
+    assert told["dtype"] == wanted
+    counted = kv_memory("limited", config, [FULL] * 4, bench.Serving(), told)
+    assert 2 * counted == kv_memory("limited", config, [FULL] * 4, bench.Serving(), told | {"dtype": "float32"})

@@ -183,3 +183,10 @@ def test_the_command_prints_tasks_and_follows_changed_files(folders, tasks, tmp_
     raw = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(raw["tasks"]["converted"]["choose"]["acc"]) == {"value", "stderr", "higher_is_better", "documents"}
     assert "task choose.yaml" in raw["inputs"]
+
+
+def test_completions_beyond_the_context_are_refused_before_a_model_is_loaded(folders, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    config = evaluate.Config(**FEW | {"completions": 1, "new_tokens": 999})
+    with pytest.raises(DataError, match="completions of 999 new_tokens after"):
+        evaluate.run(folders["healed"], folders["base"], config)

@@ -160,7 +160,6 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
         ("bench={engine: vllm, serving: {prompt_tokens: 99999}}", "make 100063 tokens, the model takes 256"),
         ("bench.serving.concurrency=[8, 0]", "concurrency"),
         ("evaluate.new_tokens=999", "completions of 999 new_tokens after 48 do not fit"),
-        ("plan.block_size=32.5", "block_size"),
         ("heal.shard=true", "a run is one process"),
         ("evaluate.tasks=[no_such_task]", "no_such_task"),
     ],

@@ -64,6 +64,11 @@ def test_a_model_that_is_no_hybrid_is_served_as_it_is(hybrid, with_vllm):
     assert flags["--served-model-name"] == "base"
 
 
+def test_what_was_fetched_has_the_name_it_was_asked_for_by(hybrid, with_vllm, monkeypatch):
+    monkeypatch.setattr(serve, "find_model", lambda _: hybrid)
+    assert flags_of(serve.server_command("owner/name", []))["--served-model-name"] == "owner/name"
+
+
 def test_quantised_weights_are_for_vllm_to_judge(tmp_path, with_vllm):
     folder = make_checkpoint(tmp_path / "small", "llama", **SIZES)
     raw = json.loads((folder / "config.json").read_text())

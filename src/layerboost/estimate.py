@@ -12,7 +12,7 @@ from layerboost.cost.device import Device
 from layerboost.cost.work import work_of
 from layerboost.heal.losses import LOSSES
 from layerboost.layer_plan import full_plan
-from layerboost.model.config import family_of, stock_class
+from layerboost.model.config import empty_model
 from layerboost.model.families import anatomy_of
 from layerboost.model.loading import pick_device
 from layerboost.pilot import brief
@@ -187,8 +187,7 @@ class _Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "_Shape":
-        with torch.device("meta"):
-            model = stock_class(family_of(config))(config)
+        model = empty_model(config)
         layers = getattr(model.base_model, anatomy_of(model.base_model).layers)
         sizes = tuple((m.in_features, m.out_features) for m in layers.modules() if isinstance(m, nn.Linear))
         return cls(
@@ -201,8 +200,7 @@ class _Shape:
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """All parameters, and those of the input embedding; nothing is loaded."""
-    with torch.device("meta"):
-        model = stock_class(family_of(config))(config)
+    model = empty_model(config)
     return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
 
 

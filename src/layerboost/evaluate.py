@@ -125,15 +125,15 @@ def run(
     hybrid_config, base_config = read_config(hybrid_folder), read_config(folder)
     layers = plan_of(hybrid_config, hybrid_folder)
     check_pair(hybrid_folder, hybrid_config, folder, base_config)
+    windows = [plan.window for plan in layers if plan.window is not None]
+    context = base_config.max_position_embeddings
+    length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
+    check(config, context, length)
     asked = load_tasks(config.tasks, config.task_folder)
     device = pick_device(config.device)
     dtype = torch.float32 if device == "cpu" else None
     healed = load_model(hybrid_folder, dtype=dtype, device=device)
     base = load_original(folder, dtype=dtype, device=device)
-    windows = [plan.window for plan in layers if plan.window is not None]
-    context = base_config.max_position_embeddings
-    length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
-    check(config, context, length)
     tokenizer, corpus = load_tokenizer(folder), open_corpus(config.text)
     data = samples(
         corpus, tokenizer, base_config.vocab_size, split="held_out", texts=config.texts, answers=config.answers,

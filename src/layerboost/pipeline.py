@@ -29,7 +29,6 @@ from layerboost.artifacts import (
     save,
     write_text,
 )
-from layerboost.bench.vllm_engine import longest_of
 from layerboost.cost.device import find_device
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import sequence_length
@@ -186,10 +185,7 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
     heal.check(healing, config)
-    if benching.engine == "vllm":
-        longest_of(benching.serving, context)
-    else:
-        bench.context_of(benching, context)
+    bench.check(benching, context)
 
 
 def still_to_do(model: str | Path, recipe: Recipe, *, out: Path) -> list[str]:

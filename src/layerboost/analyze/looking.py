@@ -114,6 +114,7 @@ class Looking:
     def _prompts(self, path: Path) -> Sequences:
         """A user's own, one JSON object per line: `text`, or `prompt` and `answer`, of which the answer counts."""
         rows: list[tuple[list[int], int]] = []
+        begin = [token for token in (beginning(self.tokenizer),) if token is not None]
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as trouble:
@@ -122,7 +123,6 @@ class Looking:
             if line.strip():
                 prompt, answer = _prompt_of(line, f"{path.name} line {number}")
                 before = self._ids(prompt) if prompt else []
-                begin = beginning(self.tokenizer)
                 tokens = begin + (before + self._ids(answer))[len(begin) - self.context :]
                 rows.append((tokens, max(1, len(tokens) - len(self._ids(answer)))))
         rows = [(tokens, start) for tokens, start in rows if len(tokens) > start]

@@ -216,6 +216,14 @@ def _class_of(config: PreTrainedConfig) -> Any:
     return (model_class if is_hybrid(config) else stock_class)(family_of(config))
 
 
+def check(config: Config, longest: int) -> None:
+    """Raises DataError for lengths that do not fit a model's context."""
+    if config.engine == "vllm":
+        vllm_engine.longest_of(config.serving, longest)
+    else:
+        context_of(config, longest)
+
+
 def context_of(config: Config, longest: int) -> int:
     """Tokens of a whole sequence on transformers, for a model's context; raises DataError where it does not fit."""
     context = config.context or min(longest, 1_024)

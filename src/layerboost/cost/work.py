@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from layerboost.layer_plan import LayerPlan
-from layerboost.model.config import family_of, native_windows, stock_class
+from layerboost.model.config import empty_model, native_windows
 from layerboost.model.families import anatomy_of
 from layerboost.model.mixers import HeadShape
 from layerboost.vllm.kv import layers_by_window
@@ -42,8 +42,7 @@ class Workload:
     """
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        with torch.device("meta"):
-            model = stock_class(family_of(config))(config)
+        model = empty_model(config)
         anatomy = anatomy_of(model.base_model)
         removed = (anatomy.attention, *anatomy.norms)
         self.config, self.dtype = config, dtype

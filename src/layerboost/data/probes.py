@@ -55,13 +55,13 @@ class ProbeMaker:
         words: `[A]` ids of ordinary tokens.
         text: `[S]` ids of text that needles are hidden in; no probe is longer than this.
         rng: where the randomness comes from.
-        begin: what the tokenizer begins texts with, and so every probe: one id or none.
+        begin: what the tokenizer begins texts with, and so every probe.
     """
 
     words: np.ndarray
     text: np.ndarray
     rng: np.random.Generator
-    begin: tuple[int, ...] = ()
+    begin: int | None = None
 
     def copy(self, length: int, distance: int | None) -> Row:
         if distance is None:
@@ -146,7 +146,7 @@ def probe_sequences(maker: ProbeMaker, probe: str, *, count: int, length: int, d
     Raises:
         DataError: the length leaves no room for such a distance.
     """
-    room = length - len(maker.begin)
+    room = length - (maker.begin is not None)
     if distance is not None and not 1 <= distance <= room - 24:
         raise DataError(
             f"probe distance {distance} does not fit probes of {length} tokens; choose 1 to {room - 24}, or longer "
@@ -156,8 +156,8 @@ def probe_sequences(maker: ProbeMaker, probe: str, *, count: int, length: int, d
         raise DataError(f"probe length {length} must be at least 32 and at most the {len(maker.text)} tokens of text")
     rows = [PROBES[probe](maker, room, distance) for _ in range(count)]
     tokens, scored = (np.stack(part) for part in zip(*rows, strict=True))
-    for begin in maker.begin:
-        tokens, scored = (np.insert(part, 0, first, axis=1) for part, first in ((tokens, begin), (scored, False)))
+    if maker.begin is not None:
+        tokens, scored = np.insert(tokens, 0, maker.begin, axis=1), np.insert(scored, 0, False, axis=1)
     return Sequences(torch.from_numpy(tokens), torch.from_numpy(scored))
 
 

@@ -125,8 +125,8 @@ def probe_maker(corpus: Corpus, tokenizer: Any, vocabulary: int, *, split: Split
             f"text {corpus.name}: its {split} split holds {len(hay)} tokens, probes need {length}; give more text or a "
             "shorter length"
         )
-    words, begin = ordinary_tokens(tokenizer, vocabulary), tuple(beginning(tokenizer))
-    return ProbeMaker(words, hay, np.random.default_rng(seed + 2), begin)
+    words = ordinary_tokens(tokenizer, vocabulary)
+    return ProbeMaker(words, hay, np.random.default_rng(seed + 2), beginning(tokenizer))
 
 
 def training_rows(
@@ -181,7 +181,7 @@ def training_rows(
             raise UsageError("a source of kind generated needs a teacher that writes, and here is none")
         return generated_rows(own, tokenizer, wanted, generate, cache, teacher)
 
-    begin = next(iter(beginning(tokenizer)), None)
+    begin = beginning(tokenizer)
     parts, counts = [], _counts(sources, rows)
     for source, count in zip(sources, counts, strict=True):
         if count:

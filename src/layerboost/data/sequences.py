@@ -58,11 +58,11 @@ def _whole(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1]).expand_as(tokens)
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """The one token that the tokenizer itself puts before every text, or none. Models that were trained so (Gemma,
-    Llama) are others without it."""
-    first: list[int] = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def beginning(tokenizer: Any) -> int | None:
+    """The token that the tokenizer itself puts before every text; None if it puts none. Models that were trained so
+    (Gemma, Llama) are others without it."""
+    begin: int | None = tokenizer.bos_token_id
+    return begin if begin in tokenizer("a")["input_ids"][:1] else None
 
 
 def tokenised(documents: Sequence[Document], tokenizer: Any, *, piece: int, seed: int) -> Iterator[Piece]:
@@ -75,8 +75,8 @@ def tokenised(documents: Sequence[Document], tokenizer: Any, *, piece: int, seed
     """
     pieces = [(d, start) for d, document in enumerate(documents) for start in range(0, len(document.text), piece)]
     order = np.random.default_rng(seed).permutation(len(pieces))
-    ends = [t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id) if t is not None]
-    separator = beginning(tokenizer) or ends[:1]
+    before = (beginning(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+    separator = [t for t in before if t is not None][:1]
     for start in range(0, len(order), 64):
         texts = [documents[d].text[at : at + piece] for d, at in (pieces[i] for i in order[start : start + 64])]
         for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -114,7 +114,7 @@ def text_sequences(documents: Sequence[Document], tokenizer: Any, *, count: int,
     stream = token_stream(documents, tokenizer, tokens=count * length, piece=4 * length, seed=seed)
     rows = len(stream) // length
     tokens = torch.from_numpy(stream[: rows * length].reshape(rows, length))
-    for begin in beginning(tokenizer):  # rows begin in the midst of texts, and their first token does not count
+    if (begin := beginning(tokenizer)) is not None:  # rows begin amid texts, and their first token does not count
         tokens[:, 0] = begin
     scored = torch.ones_like(tokens, dtype=torch.bool)
     scored[:, :1] = False

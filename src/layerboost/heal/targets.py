@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan
-from layerboost.model.config import family_of, stock_class
+from layerboost.model.config import empty_model
 from layerboost.model.families import Anatomy, anatomy_of
 from layerboost.model.hybrid import Hybrid
 from layerboost.progress import say
@@ -111,8 +110,7 @@ def check_modules(config: PreTrainedConfig, targets: list[str]) -> None:
     named = [target for target in targets if target.count(".") == 2]
     if not named:
         return
-    with torch.device("meta"):
-        base = stock_class(family_of(config))(config).base_model
+    base = empty_model(config).base_model
     anatomy = anatomy_of(base)
     known: dict[str, dict[str, None]] = {part: {} for part in _PARTS}
     for layer in getattr(base, anatomy.layers):

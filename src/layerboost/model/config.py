@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -32,6 +33,12 @@ def base_config_class(family: str) -> type[PreTrainedConfig]:
 def stock_class(family: str) -> Any:
     """The family's causal language model in transformers; raises CheckpointError if there is none."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[base_config_class(family)]
+
+
+def empty_model(config: PreTrainedConfig) -> Any:
+    """The stock model of a base configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return stock_class(family_of(config))(config)
 
 
 @cache

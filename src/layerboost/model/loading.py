@@ -23,6 +23,7 @@ from layerboost.model.config import (
     PREFIX,
     base_config_class,
     config_class,
+    empty_model,
     family_of,
     hybrid_config,
     native_windows,
@@ -129,7 +130,7 @@ def _valid(folder: Path, model_type: str) -> Iterator[None]:
 
 
 def _built_empty(config: PreTrainedConfig) -> Any:
-    """The stock model without memory for its weights; raises whatever its code raises on values it cannot work with."""
+    """`empty_model`; raises whatever its code raises on values it cannot work with."""
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     for key in (*sizes, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window"):
         value = getattr(config, key, None)
@@ -137,8 +138,7 @@ def _built_empty(config: PreTrainedConfig) -> Any:
         optional = optional or (value == 0 and key == "sliding_window")  # none, to some families
         if not optional and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
-    with torch.device("meta"):
-        return stock_class(family_of(config))(config)
+    return empty_model(config)
 
 
 def check_pair(hybrid: Path, hybrid_config: PreTrainedConfig, base: Path, base_config: PreTrainedConfig) -> None:

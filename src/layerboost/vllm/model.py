@@ -24,7 +24,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from layerboost.errors import CheckpointError, PlanError
 from layerboost.layer_plan import LayerPlan
-from layerboost.model.config import family_of, layers_of, stock_class
+from layerboost.model.config import empty_model, family_of, layers_of
 from layerboost.model.families import VERIFIED, Anatomy, anatomy_of
 from layerboost.model.mixers import MIXER
 from layerboost.vllm import check_servable
@@ -102,8 +102,7 @@ def _stock_model(config: Any) -> Any:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("meta"):
-            return stock_class(family_of(config))(config)
+        return empty_model(config)
     finally:
         torch.set_default_dtype(dtype)
 
