@@ -15,6 +15,7 @@ from layerboost.artifacts import Sensitivity, load
 from layerboost.data.corpus import open_corpus, standard_library
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import probe_lengths, samples
+from layerboost.data.sequences import text_sequences
 from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import describe, load_original, load_tokenizer, read_config
 from layerboost.tasks import task_scores
@@ -361,6 +362,26 @@ def test_more_data_until_the_cap(tiny, tmp_path, monkeypatch):
     )
     assert len(found.baseline["text_nll"].per_sequence) == 12
     assert next(shares, None) is None
+
+
+def test_no_text_is_looked_at_twice_and_looking_ends_with_it(tiny, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n * n) for n in range(4_500)))  # about four helpings of bytes, no two rows alike
+    monkeypatch.setattr(analyze, "plan_stability", lambda *_: 0.5)
+    found = run(tiny, until_resolved=True, text=text, texts=40)
+    assert found.resolution.stopped == "no more text"
+    rows: list[tuple[int, ...]] = []
+    turns = 0
+    while len(rows) == 40 * turns:
+        helping = looked_at(tiny, turn=turns, text=text, texts=40)["text"].tokens.tolist()
+        rows += map(tuple, helping)
+        turns += 1
+    assert turns > 1
+    assert len(set(rows)) == len(rows) == len(found.layers[0][0].damage["text_kl"].per_sequence)
+    everything = text_sequences(open_corpus(text).split("train"), tokenizer(), count=10_000, length=96, seed=5)
+    assert len(everything) - 1 <= len(rows) <= len(everything)
+    with pytest.raises(DataError, match="at least"):
+        looked_at(tiny, turn=turns, text=text, texts=40)
 
 
 def test_stability_decides_between_more_data_and_enough(tiny, monkeypatch):

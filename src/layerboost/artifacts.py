@@ -192,7 +192,8 @@ class Resolution(Record):
         ranking: per mixer's label, layers with the largest loss first; those in one group cannot be told apart from
             their neighbours in it.
         kv_reduction, stability: share of resampled data on which the plan at this budget comes out the same.
-        stopped: why no more data was looked at, where that was asked for: `stable` or `token cap`.
+        stopped: why no more data was looked at, where that was asked for: `stable`, `token cap` or
+            `no more text`.
     """
 
     confidence: float

@@ -73,7 +73,8 @@ class Config(DataConfig):
         estimators: cheap one-pass estimates to set beside the measured damage.
         confidence: of intervals and of what is called different.
         weights: how damages add up to the loss that layers are ranked by.
-        until_resolved: look at more data until the plan at `kv_reduction` is stable, or `max_tokens` were looked at.
+        until_resolved: look at more data until the plan at `kv_reduction` is stable, or `max_tokens` or all
+            text were looked at.
         stream: read layers from disk one after the other, for models larger than memory.
     """
 
@@ -175,8 +176,11 @@ def _measure(
             _extend(found, _once(model, looking, data[TEXT], candidates, plans, costs, kept))
         layers = _table(found[1:], candidates)
         draft = Sensitivity(model=record, layers=layers)
-        resolution = _resolve(draft, config, looking.context, room=tokens + scorer.tokens <= config.max_tokens)
         turn += 1
+        end = "token cap" if tokens + scorer.tokens > config.max_tokens else None
+        if config.until_resolved and end is None and not looking.has_text(turn):
+            end = "no more text"
+        resolution = _resolve(draft, config, looking.context, end)
     return Sensitivity(
         model=record, layers=layers, baseline={metric: _summary(v) for metric, v in found[0].items()}, costs=costs,
         resolution=resolution, inputs=inputs(record, folder, config),
@@ -320,8 +324,8 @@ def _summary(values: np.ndarray) -> Damage:
     return Damage(mean=found.mean, low=found.low, high=found.high, per_sequence=rounded.tolist())
 
 
-def _resolve(sensitivity: Sensitivity, config: Config, context: int, room: bool) -> Resolution:
-    """What can be told apart, and with `until_resolved` whether to stop."""
+def _resolve(sensitivity: Sensitivity, config: Config, context: int, end: str | None) -> Resolution:
+    """What can be told apart, and with `until_resolved` whether to stop; `end` says why there is no more to look at."""
     weights, confidence = config.weights, config.confidence
     kv_reduction = config.kv_reduction
     if config.until_resolved and kv_reduction is None:
@@ -329,7 +333,7 @@ def _resolve(sensitivity: Sensitivity, config: Config, context: int, room: bool)
     stability = None if kv_reduction is None else plan_stability(sensitivity, weights, context, kv_reduction)
     stopped = None
     if config.until_resolved and stability is not None:
-        stopped = "stable" if stability >= confidence else None if room else "token cap"
+        stopped = "stable" if stability >= confidence else end
         say(f"the plan comes out the same on {stability:.0%} of resampled data{', ' + stopped if stopped else ''}")
     return Resolution(
         confidence=confidence, weights=weights, ranking=ranking(sensitivity, weights, confidence),

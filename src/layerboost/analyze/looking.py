@@ -8,8 +8,8 @@ import torch
 
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import probe_sequences
-from layerboost.data.samples import TEXT, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
-from layerboost.data.sequences import Sequences, beginning
+from layerboost.data.samples import TEXT, TURN, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
+from layerboost.data.sequences import Sequences, beginning, text_sequences
 from layerboost.errors import DataError
 from layerboost.model.hybrid import Hybrid
 from layerboost.progress import say
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from layerboost.analyze import Config
 
 _LONG_PROBES = ("key_value", "needle")
-_TURN = 2**20  # seeds between two helpings of data; distances, which are added, are shorter
 
 
 class Looking:
@@ -46,29 +45,33 @@ class Looking:
         Raises:
             DataError: too little text, or a prompts file that is not one.
         """
-        seed = self.config.seed + _TURN * turn
-        found = self._samples(self.distances[0], seed)
+        found = self._samples(self.distances[0], self.config.seed, turn)
         if len(self.distances) > 1:
             for kind in [kind for kind in found if kind != TEXT]:
                 found[f"{kind}@{self.distances[0]}"] = found.pop(kind)
             for distance in self.distances[1:]:
-                more = self._samples(distance, seed + distance)
+                more = self._samples(distance, self.config.seed + distance, turn)
                 found |= {f"{kind}@{distance}": sequences for kind, sequences in more.items() if kind != TEXT}
         if self.config.long_answers:
-            found["long"] = self._long(seed)
+            found["long"] = self._long(turn)
         if self.config.generations:
             found["generation"] = self._completions(found[TEXT])
         if self.config.prompts is not None and turn == 0:
             found["prompts"] = self._prompts(self.config.prompts)
         return found
 
-    def _samples(self, distance: int, seed: int) -> dict[str, Sequences]:
+    def has_text(self, turn: int) -> bool:
+        """Whether there is text that the turns before did not have."""
+        count, train = turn * self.config.texts + 2, self.corpus.split("train")
+        return len(text_sequences(train, self.tokenizer, count=count, length=self.length, seed=0)) == count
+
+    def _samples(self, distance: int, seed: int, turn: int) -> dict[str, Sequences]:
         return samples(
             self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", texts=self.config.texts,
-            answers=self.config.answers, length=self.length, distance=distance, seed=seed,
+            answers=self.config.answers, length=self.length, distance=distance, seed=seed, turn=turn,
         )  # fmt: skip
 
-    def _long(self, seed: int) -> Sequences:
+    def _long(self, turn: int) -> Sequences:
         """Answers to questions about what stands early in long prompts."""
         length = min(self.config.long_length or 4 * self.length, self.context)
         if length // 2 < self.widest:
@@ -77,8 +80,9 @@ class Looking:
                 f"{self.widest}; choose a long_length of at least {2 * self.widest}, or narrower windows"
             )
         maker = probe_maker(
-            self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", length=length, seed=seed + 1
-        )
+            self.corpus, self.tokenizer, self.model.config.vocab_size, split="train", length=length,
+            seed=self.config.seed + TURN * turn + 1,
+        )  # fmt: skip
         counts = [(self.config.long_answers + i) // len(_LONG_PROBES) for i in range(len(_LONG_PROBES))]
         return Sequences.concatenate(
             [

@@ -28,6 +28,7 @@ from layerboost.progress import say
 
 TEXT = "text"
 _SEEDS = {"train": 11, "validation": 12, "held_out": 13}
+TURN = 2**20  # seeds between two helpings of probes; distances, which analyze adds to its own, are shorter
 
 
 class DataConfig(Record):
@@ -67,6 +68,7 @@ def samples(
     length: int,
     distance: int,
     seed: int = 0,
+    turn: int = 0,
 ) -> dict[str, Sequences]:
     """Text under `text`, and every probe under its name, with one answer at the end of each sequence.
 
@@ -75,19 +77,20 @@ def samples(
         texts, answers: sequences of text, and sequences of each probe.
         length: tokens per sequence.
         distance: fewest tokens between an answer and its source.
+        turn: number of the helping; each has other probes, and the text that follows the text of those before.
 
     Raises:
         DataError: the split holds too little text, or the tokenizer does not belong to the model.
     """
-    seed = seed * 100 + _SEEDS[split]
-    text = text_sequences(corpus.split(split), tokenizer, count=texts, length=length, seed=seed)
-    if len(text) < min(texts, 2):
-        raise DataError(
-            f"text {corpus.name}: its {split} split holds {len(text)} sequences of {length} tokens, at least 2 are "
-            "needed; give more text or a shorter length"
-        )
-    if len(text) < texts:
-        say(f"text {corpus.name}: its {split} split holds {len(text)} sequences of {length} tokens, not {texts}")
+    order = seed * 100 + _SEEDS[split]
+    before, asked = turn * texts, (turn + 1) * texts
+    text = text_sequences(corpus.split(split), tokenizer, count=asked, length=length, seed=order)
+    held = f"text {corpus.name}: its {split} split holds {len(text)} sequences of {length} tokens"
+    if len(text) < before + min(texts, 2):
+        raise DataError(f"{held}, at least {before + 2} are needed; give more text or a shorter length")
+    if len(text) < asked:
+        say(f"{held}, not {asked}")
+    text, seed = text[before:], (seed + TURN * turn) * 100 + _SEEDS[split]
     check_vocabulary(text.tokens, vocabulary)
     maker = probe_maker(corpus, tokenizer, vocabulary, split=split, length=length, seed=seed)
     return {TEXT: text} | {
