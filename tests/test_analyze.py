@@ -18,7 +18,7 @@ from layerboost.data.samples import probe_lengths, samples
 from layerboost.data.sequences import text_sequences
 from layerboost.errors import DataError, UsageError
 from layerboost.model.loading import describe, load_original, load_tokenizer, read_config
-from layerboost.tasks import task_scores
+from layerboost.tasks import load_tasks, task_scores
 from tests.tiny import (
     BEGIN,
     FULL,
@@ -491,7 +491,7 @@ def test_benchmark_tasks(tiny, tmp_path, monkeypatch):
     found = run(tiny, tasks=names, task_folder=folder, task_limit=11, answers=2, weights={"benchmarks": 1.0})
     places = [(layer, n) for layer in range(4) for n in range(3)]
     plans = [[FULL] * 4, *(one_changed(layer, TRIED[n]) for layer, n in places)]
-    scores, forwards = task_scores(load_original(tiny), tokenizer(), plans, names, limit=11, folder=folder)
+    scores, forwards = task_scores(load_original(tiny), tokenizer(), plans, load_tasks(names, folder), limit=11)
     for (layer, n), own in zip(places, scores[1:], strict=True):
         damage = found.layers[layer][n].damage
         for name in names:
@@ -507,6 +507,17 @@ def test_benchmark_tasks(tiny, tmp_path, monkeypatch):
     assert found.baseline["benchmarks"].mean == pytest.approx(both, abs=1e-5)
     assert found.costs["tasks"].forwards == pytest.approx(forwards)
     assert found.costs["tasks"].tokens == 14
+    parts = []
+
+    def halves(plans, score, advance):  # as two processes share them
+        parts.extend([plans[::2], plans[1::2]])
+        scored = [score(part, advance) for part in parts]
+        return [scored[n % 2][n // 2] for n in range(len(plans))]
+
+    monkeypatch.setattr(analyze, "shared", halves)
+    again = run(tiny, tasks=names, task_folder=folder, task_limit=11, answers=2, weights={"benchmarks": 1.0})
+    assert again.layers == found.layers
+    assert [len(part) for part in parts] == [7, 6]
     with pytest.raises(UsageError, match="did you mean few"):
         run(tiny, tasks=["fwe"], task_folder=folder)
 

@@ -15,7 +15,7 @@ from layerboost.errors import DataError, EnvironmentTrouble, UsageError
 from layerboost.measured import Measured
 from layerboost.model.loading import load_original
 from layerboost.progress import unheard
-from layerboost.tasks import task_scores
+from layerboost.tasks import load_tasks, task_scores
 from tests.harness import WORDS, only_own_tasks, write_task
 from tests.tiny import FULL, NONE, linear, tokenizer, window
 
@@ -90,7 +90,7 @@ def test_every_plan_scores_what_the_harness_finds_itself(model, stock, folder, c
     names = ["choose", "write", "read"]
     heard = []
     got, forwards = task_scores(
-        model, tokenizer(), PLANS, names, folder=folder, advance=lambda steps=1, note="": heard.append(steps)
+        model, tokenizer(), PLANS, load_tasks(names, folder), advance=lambda steps=1, note="": heard.append(steps)
     )
     assert capfd.readouterr() == ("", "")
     assert sum(heard) == len(PLANS)
@@ -105,22 +105,22 @@ def test_every_plan_scores_what_the_harness_finds_itself(model, stock, folder, c
         np.testing.assert_allclose(np.log(-scores["read"]) * -words, likelihoods, rtol=0, atol=1e-3)
     assert got[0]["write"].sum() >= 4
     assert any((got[0][name] != got[1][name]).any() for name in ("choose", "write"))
-    limited, _ = task_scores(model, tokenizer(), PLANS[:1], ["choose"], limit=3, folder=folder)
+    limited, _ = task_scores(model, tokenizer(), PLANS[:1], load_tasks(["choose"], folder), limit=3)
     assert limited[0]["choose"].shape == (3,)
 
 
 def test_answers_that_are_known_are_not_computed_again(model, folder, tmp_path, monkeypatch):
     names = ["choose", "write", "read"]
-    wanted, forwards = task_scores(model, tokenizer(), PLANS, names, folder=folder)
+    wanted, forwards = task_scores(model, tokenizer(), PLANS, load_tasks(names, folder))
     kept = Measured(tmp_path / "kept")
-    task_scores(model, tokenizer(), PLANS[:2], names, folder=folder, kept=kept)
-    again, fewer = task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=Measured(tmp_path / "kept"))
+    task_scores(model, tokenizer(), PLANS[:2], load_tasks(names, folder), kept=kept)
+    again, fewer = task_scores(model, tokenizer(), PLANS, load_tasks(names, folder), kept=Measured(tmp_path / "kept"))
     assert fewer < forwards
     every = Measured(tmp_path / "kept")
-    task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=every)
+    task_scores(model, tokenizer(), PLANS, load_tasks(names, folder), kept=every)
     monkeypatch.setattr(tasks, "finals", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("written again"))
-    third, _ = task_scores(model, tokenizer(), PLANS, names, folder=folder, kept=every)
+    third, _ = task_scores(model, tokenizer(), PLANS, load_tasks(names, folder), kept=every)
     for scores in (again, third):
         for one, other in zip(scores, wanted, strict=True):
             assert {name: own.tolist() for name, own in one.items()} == {n: own.tolist() for n, own in other.items()}
@@ -178,7 +178,7 @@ def test_groups_count_as_all_of_their_tasks(model, folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["choose", "read"]}))
-    got, _ = task_scores(model, tokenizer(), PLANS[:1], ["both", "choose"], limit=2, folder=tmp_path)
+    got, _ = task_scores(model, tokenizer(), PLANS[:1], load_tasks(["both", "choose"], tmp_path), limit=2)
     assert got[0]["both"].shape == (4,)
     np.testing.assert_array_equal(got[0]["both"][:2], got[0]["choose"])
 
@@ -186,7 +186,7 @@ def test_groups_count_as_all_of_their_tasks(model, folder, tmp_path):
 def test_trouble_is_told_in_a_line(model, folder, tmp_path, monkeypatch):
     def told(error, name, folder=tmp_path):
         with pytest.raises(error) as caught:
-            task_scores(model, tokenizer(), PLANS[:1], [name], limit=1, folder=folder)
+            task_scores(model, tokenizer(), PLANS[:1], load_tasks([name], folder), limit=1)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from layerboost.model.mixers import Sequences as MixedSequences
 from layerboost.progress import Advance, unheard
 from layerboost.scoring import batch_rows, log_probabilities, scored_hidden, scored_targets, token_scores
 
+T = TypeVar("T")
 PerSequence = dict[str, np.ndarray]
 Resident = Callable[[int], AbstractContextManager[Any]]  # what holds while a layer, by its number, is worked with
 _STREAM_BYTES = 2**30  # hidden states of one layer under all plans that are computed together
@@ -196,15 +197,7 @@ class Scorer:
         Raises:
             CheckpointError: the model computes values that are not finite.
         """
-        rank, world = ranks()
-        if world == 1:
-            return self._score(plans, advance)
-        mine = range(rank, len(plans), world)
-        own = self._score([plans[i] for i in mine], lambda: advance(min(world, len(plans)))) if len(mine) else []
-        found: dict[int, PerSequence] = {}
-        for part in gather(list(zip(mine, own, strict=True))):
-            found.update(part)
-        return [found[i] for i in range(len(plans))]
+        return shared(plans, self._score, advance)
 
     def steps(self, plans: int) -> int:
         """How often `advance` will be called for so many plans of which nothing is known."""
@@ -264,6 +257,17 @@ class Scorer:
                     raise CheckpointError("the model computes logits that are not finite; check its weights")
             targets = scored_targets(batch).to(final.device)
             yield n, p - shift, token_scores(hidden, self.head, teacher[1], targets)
+
+
+def shared(plans: Plans, score: Callable[[Plans, Advance], list[T]], advance: Advance = unheard) -> list[T]:
+    """What `score` finds for every plan: several processes score every n-th each, and all get the whole answer."""
+    rank, world = ranks()
+    if world == 1:
+        return score(plans, advance)
+    mine, at_once = range(rank, len(plans), world), min(world, len(plans))
+    own = score([plans[i] for i in mine], lambda steps=1: advance(steps * at_once)) if len(mine) else []
+    found = dict(pair for part in gather(list(zip(mine, own, strict=True))) for pair in part)
+    return [found[i] for i in range(len(plans))]
 
 
 def _memory(device: torch.device) -> int:

@@ -59,10 +59,9 @@ def task_scores(
     model: Hybrid,
     tokenizer: Any,
     plans: Plans,
-    tasks: Sequence[str],
+    asked: Asked,
     *,
     limit: int | None = None,
-    folder: Path | None = None,
     advance: Advance = unheard,
     kept: Measured | None = None,
 ) -> tuple[list[dict[str, np.ndarray]], float]:
@@ -73,9 +72,8 @@ def task_scores(
     greedy, whatever the task says; no chat template is applied; a group or tag counts as all of its tasks together.
 
     Args:
-        tasks: names of tasks, groups or tags.
+        asked: from `load_tasks`.
         limit: documents of each task, its first; all of them by default.
-        folder: where further task YAMLs are, which may name functions in Python files beside them.
         advance: hears of one step per plan.
         kept: answers that are known are not computed again.
 
@@ -84,11 +82,8 @@ def task_scores(
         the passes of all requests through the whole model, where a layer run for several plans counts once.
 
     Raises:
-        UsageError: there is no such task, or one asks for code from elsewhere.
-        DataError: a task's data are not on this machine, or the harness cannot work with them.
-        EnvironmentTrouble: the harness is not installed.
+        DataError: the harness cannot work with a task's data.
     """
-    asked = load_tasks(tasks, folder)
     kept = kept or Measured()
     player = _player_class()(model, tokenizer)
     _play(player, asked, limit)
@@ -105,7 +100,7 @@ def task_scores(
             advance()
         if len(player.likelihoods) > len(pairs) or len(player.texts) > len(prompts):
             raise DataError(
-                f"{', '.join(tasks)}: the harness asks other questions every time; leave out what is random"
+                f"{', '.join(asked)}: the harness asks other questions every time; leave out what is random"
             )
     if not plans or not tokens + written:
         return scores, 0.0

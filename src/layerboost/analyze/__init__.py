@@ -44,11 +44,11 @@ from layerboost.model.loading import (
     read_config,
 )
 from layerboost.model.streaming import stream_original
-from layerboost.passes import Resident, Scorer, ranks
-from layerboost.progress import progress, say
+from layerboost.passes import Plans, Resident, Scorer, ranks, shared
+from layerboost.progress import Advance, progress, say
 from layerboost.provenance import provenance
 from layerboost.scoring import batch_rows, estimate
-from layerboost.tasks import load_tasks, task_scores
+from layerboost.tasks import Asked, load_tasks, task_files, task_scores
 
 BENCHMARKS = "benchmarks"
 _STABILITY_RESAMPLES = 100
@@ -108,10 +108,7 @@ def inputs(model: ModelRecord, folder: Path, config: Config) -> dict[str, str]:
     found = {"model": model.digest, **data_inputs(folder, config)}
     if config.prompts is not None:
         found["prompts"] = file_digest(config.prompts)
-    if config.task_folder is not None:
-        files = sorted(path for kind in ("*.yaml", "*.py") for path in config.task_folder.rglob(kind))
-        found |= {f"task {path.relative_to(config.task_folder)}": file_digest(path) for path in files}
-    return found
+    return found | task_files(config.task_folder)
 
 
 def run(model: str | Path, config: Config | None = None, *, out: Path | None = None) -> Sensitivity:
@@ -133,7 +130,7 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
         raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
     if config.stream and config.estimators:
         say("stream: the cheap estimates, which take whole passes of their own, are left out")
-    load_tasks(config.tasks, config.task_folder)  # a name that is none is told now, and not after all else was measured
+    asked = load_tasks(config.tasks, config.task_folder)  # now: a name that is none is not told after hours
     ranks()  # of several processes each takes a device of its own, before a model goes there
     folder = find_model(model)
     record = describe(model, folder, read_config(folder))
@@ -145,14 +142,20 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
         else (load_original(folder, dtype=dtype, device=device), None)
     )
     with kept_beside(out, record.digest, device, str(loaded.dtype)) as kept:
-        sensitivity = _measure(loaded, resident, record, folder, config, kept)
+        sensitivity = _measure(loaded, resident, record, folder, config, asked, kept)
         if out is not None and ranks()[0] == 0:
             save(sensitivity, out)
     return sensitivity
 
 
 def _measure(
-    model: Hybrid, resident: Resident | None, record: ModelRecord, folder: Path, config: Config, kept: Measured
+    model: Hybrid,
+    resident: Resident | None,
+    record: ModelRecord,
+    folder: Path,
+    config: Config,
+    asked: Asked,
+    kept: Measured,
 ) -> Sensitivity:
     windows = default_windows(record.context) if config.windows is None else config.windows
     candidates = candidates_for(record, windows, config.mixers)
@@ -173,7 +176,7 @@ def _measure(
         tokens += scorer.tokens
         _add_cost(costs, "measured", Cost(tokens=scorer.tokens, forwards=scorer.forwards, seconds=_since(started)))
         if turn == 0:
-            _extend(found, _once(model, looking, data[TEXT], candidates, plans, costs, kept))
+            _extend(found, _once(model, looking, data[TEXT], asked, candidates, plans, costs, kept))
         layers = _table(found[1:], candidates)
         draft = Sensitivity(model=record, layers=layers)
         turn += 1
@@ -268,8 +271,8 @@ def _since(started: float) -> float:
 
 
 def _once(
-    model: Hybrid, looking: "Looking", text: Sequences, candidates: list[list[LayerPlan]], plans: list[list[LayerPlan]],
-    costs: dict[str, Cost], kept: Measured,
+    model: Hybrid, looking: Looking, text: Sequences, asked: Asked, candidates: list[list[LayerPlan]],
+    plans: list[list[LayerPlan]], costs: dict[str, Cost], kept: Measured,
 ) -> list[Metrics]:  # fmt: skip
     """Cheap estimates and benchmark tasks, which more data would not make better."""
     config = looking.config
@@ -283,15 +286,21 @@ def _once(
         for name, by_place in values.items():
             for place, metrics in zip(places, found[1:], strict=True):
                 metrics[name] = by_place[place]
-    if config.tasks:
+    if asked:
         started = time.monotonic()
-        with progress("tasks", len(plans)) as advance:
+        spent: list[float] = []
+
+        def score(some: Plans, advance: Advance) -> list[dict[str, np.ndarray]]:
             scores, forwards = task_scores(
-                model, looking.tokenizer, plans, config.tasks, limit=config.task_limit, folder=config.task_folder,
-                advance=advance, kept=kept,
-            )  # fmt: skip
+                model, looking.tokenizer, some, asked, limit=config.task_limit, advance=advance, kept=kept
+            )
+            spent.append(forwards)
+            return scores
+
+        with progress("tasks", len(plans)) as advance:
+            scores = shared(plans, score, advance)
         documents = sum(len(values) for values in scores[0].values())
-        costs["tasks"] = Cost(tokens=documents, forwards=forwards, seconds=_since(started))
+        costs["tasks"] = Cost(tokens=documents, forwards=sum(spent), seconds=_since(started))
         for n, metrics in enumerate(found):
             for task, own in scores[n].items():
                 metrics[f"task:{task}"] = own if n == 0 else scores[0][task] - own
