@@ -10,7 +10,7 @@ import torch
 
 from layerboost import analyze
 from layerboost.analyze.estimators import ESTIMATORS
-from layerboost.analyze.looking import Looking
+from layerboost.analyze.looking import Looking, kinds
 from layerboost.artifacts import Sensitivity, load
 from layerboost.data.corpus import open_corpus, standard_library
 from layerboost.data.probes import PROBES
@@ -421,6 +421,14 @@ def test_names_that_are_none_are_told_before_anything_is_measured(tiny, monkeypa
         run(tiny, weights={"benchmarks": 1.0})
     with pytest.raises(UsageError, match="no task 'no_such_task'"):
         run(tiny, tasks=["no_such_task"])
+
+
+@pytest.mark.parametrize("distance", [None, 40, [40], [40, 48]])
+@pytest.mark.parametrize("more", [{}, {"long_answers": 2, "generations": 2}])
+def test_what_is_looked_at_is_known_before(tiny, tmp_path, distance, more):
+    settings = {"distance": distance, "prompts": write_prompts(tmp_path / "prompts.jsonl", *ROWS) if more else None}
+    looking = looked_at(tiny, **settings, **more)
+    assert list(looking) == kinds(analyze.Config(**(QUICK | settings | more)))
 
 
 def test_weights_may_name_all_that_is_measured(tiny):

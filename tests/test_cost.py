@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from layerboost.artifacts import Load
+from layerboost.artifacts import Load, Plan, load, save
 from layerboost.cost import Counts, Measured, calibrate, predict, schedule, step_seconds
 from layerboost.cost.device import Device, find_device, known_device
 from layerboost.cost.schedule import Step
 from layerboost.cost.work import work_of
 from layerboost.errors import DataError, PlanError, UsageError
-from layerboost.model.shapes import SHAPES, Shape, mixed_plan, shape_config
+from layerboost.model.shapes import SHAPES, Shape, mixed_plan, named_plan, shape_config
 from layerboost.vllm.kv import good_block_size, kv_layout
 from tests.tiny import FULL, NONE, linear, make_model, window
 
@@ -247,6 +247,16 @@ def test_shares_become_layers_spread_evenly(layers, counts):
     if layers == 36:
         halves = plan[:18], plan[18:]
         assert abs(sum(layer.mixer == "no_attention" for layer in halves[0]) - 4.5) <= 1
+
+
+def test_a_plan_is_a_file_or_shares(tmp_path):
+    path = tmp_path / "plan.json"
+    save(Plan(layers=mixed_plan("50/50/0", 4, 8)), path)
+    assert named_plan(str(path), 4) == Shape(name="qwen3-4b", plan=str(path)).layer_plan(4) == load(Plan, path).layers
+    assert named_plan("25/50/25", 8) == Shape(name="qwen3-4b").layer_plan(8) == mixed_plan("25/50/25", 8, 64)
+    assert named_plan("25/50/25", 8, 16) == Shape(name="qwen3-4b", window=16).layer_plan(8)
+    with pytest.raises(UsageError, match=r"window 16 is for shares such as 25/50/25; .*plan.json has its own"):
+        named_plan(str(path), 4, 16)
 
 
 @pytest.mark.parametrize("shares", ["25/50", "a/b/c", "50/50/50", "-10/60/50", "25-50-25"])

@@ -162,6 +162,12 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
         ("evaluate.new_tokens=999", "completions of 999 new_tokens after 48 do not fit"),
         ("heal.shard=true", "a run is one process"),
         ("evaluate.tasks=[no_such_task]", "no_such_task"),
+        ("plan.context=999", "context 999 is more than the 256 tokens"),
+        ("plan.at_least.no_attention=99", "at_least asks for [0-9]+ layers, the model has 4"),
+        ("plan={planner: tiers, tiers: {score: recal}}", "recal is not measured with these settings; it is one of"),
+        ("plan={planner: milp, weights: {cosin: 1}}", "cosin is not measured with these settings"),
+        ("plan.measuring.distance=3", "distance 3 is within a window of "),
+        ("analyze.mixers=[{mixer: no_attention}]", "mixers: no_attention is tried anyway"),
     ],
 )
 def test_slips_of_later_stages_are_found_before_the_first(tiny, tmp_path, setting, message):

@@ -36,9 +36,10 @@ from layerboost.data.sources import sources_digest
 from layerboost.errors import UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
-from layerboost.model.loading import describe, find_model, read_config
+from layerboost.model.loading import describe, find_model, model_record, read_config
 from layerboost.passes import ranks
 from layerboost.pilot import Pilots
+from layerboost.plan.budget import Budget
 from layerboost.progress import say
 from layerboost.provenance import command, provenance
 from layerboost.recipe import Recipe, load_recipe
@@ -181,11 +182,24 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
     sources_digest(healing.data or [])
-    plan.settled(planning, planning.planner or "greedy")
+    _check_planning(config, analyzing, plan.settled(planning, planning.planner or "greedy"))
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)
     heal.check(healing, config)
     bench.check(benching, context)
+
+
+def _check_planning(config: PreTrainedConfig, analyzing: analyze.Config, planning: plan.Config) -> None:
+    """Against what will be measured."""
+    record = model_record(config, "", "")
+    Budget(record, planning, config)
+    windows = analyze.default_windows(record.context) if analyzing.windows is None else analyzing.windows
+    candidates = analyze.candidates_for(record, windows, analyzing.mixers)
+    analyze.check_weights(analyzing, [*analyzing.weights, *planning.weights])
+    if planning.planner == "tiers":
+        analyze.check_weights(analyzing, [planning.tiers.score])
+    if planning.planner in ("greedy", "gates"):
+        plan.measuring_lengths(planning.measuring, candidates, record.context)
 
 
 def still_to_do(model: str | Path, recipe: Recipe, *, out: Path) -> list[str]:

@@ -14,7 +14,6 @@ from layerboost import cost
 from layerboost.artifacts import (
     Bench,
     Load,
-    Plan,
     Record,
     ServingCell,
     WholeBytes,
@@ -29,7 +28,7 @@ from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import base_config_class, check_plan, native_windows
 from layerboost.model.loading import find_config, is_hybrid, plan_of
-from layerboost.model.shapes import Shape, mixed_plan
+from layerboost.model.shapes import Shape, named_plan
 from layerboost.vllm.kv import KVLayout, good_block_size, kv_layout
 
 _MOST_FITTED = 4
@@ -86,10 +85,8 @@ def run(
         layers = plan_of(found, Path(model))
     elif is_hybrid(found):
         raise UsageError(f"{model} is a hybrid and has a plan; leave --plan out, or name its original")
-    elif Path(plan).is_file():
-        layers = load(Plan, Path(plan)).layers
     else:
-        layers = mixed_plan(plan, found.num_hidden_layers, 64 if window is None else window)
+        layers = named_plan(plan, found.num_hidden_layers, window)
     return outlook(str(model), found, layers, config or Config(), find_device(device).times(devices))
 
 

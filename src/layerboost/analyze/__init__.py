@@ -5,7 +5,7 @@ attention is often one that looks only a few tokens back.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from layerboost.analyze.estimators import ESTIMATOR, ESTIMATORS, estimate_layers
-from layerboost.analyze.looking import Looking
+from layerboost.analyze.looking import Looking, kinds
 from layerboost.artifacts import (
     Candidate,
     Cost,
@@ -130,6 +130,7 @@ def run(model: str | Path, config: Config | None = None, *, out: Path | None = N
         raise UsageError("stream reads layers from disk for each pass; leave tasks and generations out")
     if config.stream and config.estimators:
         say("stream: the cheap estimates, which take whole passes of their own, are left out")
+    check_weights(config, config.weights)
     asked = load_tasks(config.tasks, config.task_folder)  # now: a name that is none is not told after hours
     ranks()  # of several processes each takes a device of its own, before a model goes there
     folder = find_model(model)
@@ -168,8 +169,6 @@ def _measure(
     while resolution is None or (config.until_resolved and resolution.stopped is None):
         started = time.monotonic()
         data = looking.data(turn)
-        if turn == 0:
-            _check_weights(config, list(data))
         scorer = Scorer(model, data, resident, kept)
         with progress("analyze", scorer.steps(len(plans)), scorer.known(plans)) as advance:
             _extend(found, _damages(scorer(plans, advance)))
@@ -195,13 +194,13 @@ def _measure(
     )  # fmt: skip
 
 
-def _check_weights(config: Config, kinds: list[str]) -> None:
-    """Before anything is measured, which may take hours."""
-    nothing = {f"{kind}.{score}": np.zeros(0) for kind in kinds for score in ("kl", "nll", "hit", "lead")}
+def check_weights(config: Config, metrics: Iterable[str]) -> None:
+    """Raises UsageError for a metric that an analysis with these settings does not measure, which may take hours."""
+    nothing = {f"{kind}.{score}": np.zeros(0) for kind in kinds(config) for score in ("kl", "nll", "hit", "lead")}
     measured = [*damages(nothing, nothing), *([] if config.stream else config.estimators)]
     if config.tasks:
         measured += [*(f"task:{task}" for task in config.tasks), BENCHMARKS]
-    for metric in config.weights:
+    for metric in metrics:
         if metric not in measured:
             raise UsageError(
                 f"weights: {metric} is not measured with these settings; it is one of {', '.join(measured)}"

@@ -1,13 +1,14 @@
 """What an analysis looks at: text, recall probes, and what else the settings ask for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerboost.data.corpus import open_corpus
-from layerboost.data.probes import probe_sequences
+from layerboost.data.probes import PROBES, probe_sequences
 from layerboost.data.samples import TEXT, TURN, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
 from layerboost.data.sequences import Sequences, beginning, text_sequences
 from layerboost.errors import DataError
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
     from layerboost.analyze import Config
 
 _LONG_PROBES = ("key_value", "needle")
+
+
+def kinds(config: "Config") -> list[str]:
+    """Names of all that an analysis with these settings looks at."""
+    distances = _distances(config)
+    found = [TEXT, *(_name(probe, distance, distances) for distance in distances for probe in PROBES)]
+    asked = {"long": config.long_answers, "generation": config.generations, "prompts": config.prompts is not None}
+    return found + [kind for kind, wanted in asked.items() if wanted]
+
+
+def _distances(config: "Config") -> list[int | None]:
+    return [*config.distance] if isinstance(config.distance, list) else [config.distance]
+
+
+def _name(probe: str, distance: int | None, distances: Sequence[int | None]) -> str:
+    return f"{probe}@{distance}" if len(distances) > 1 else probe
 
 
 class Looking:
@@ -32,9 +49,8 @@ class Looking:
         self.corpus = open_corpus(config.text)
         self.context: int = model.config.max_position_embeddings
         self.widest = max([0, *windows, *(mixer.window or 0 for mixer in config.mixers)])
-        asked = config.distance if isinstance(config.distance, list) else [config.distance]
         wanted = sequence_length(config, self.context)
-        found = [probe_lengths(wanted, distance, [self.widest], self.context) for distance in asked]
+        found = [probe_lengths(wanted, distance, [self.widest], self.context) for distance in _distances(config)]
         self.length, self.distances = max(length for length, _ in found), [distance for _, distance in found]
         if self.length != wanted:
             say(f"probes are {self.length} tokens long instead of {wanted}, so that no window reaches their answers")
@@ -45,13 +61,11 @@ class Looking:
         Raises:
             DataError: too little text, or a prompts file that is not one.
         """
-        found = self._samples(self.distances[0], self.config.seed, turn)
-        if len(self.distances) > 1:
-            for kind in [kind for kind in found if kind != TEXT]:
-                found[f"{kind}@{self.distances[0]}"] = found.pop(kind)
-            for distance in self.distances[1:]:
-                more = self._samples(distance, self.config.seed + distance, turn)
-                found |= {f"{kind}@{distance}": sequences for kind, sequences in more.items() if kind != TEXT}
+        found: dict[str, Sequences] = {}
+        for number, distance in enumerate(self.distances):
+            more = self._samples(distance, self.config.seed + (distance if number else 0), turn)
+            found.setdefault(TEXT, more.pop(TEXT))
+            found |= {_name(probe, distance, self.distances): sequences for probe, sequences in more.items()}
         if self.config.long_answers:
             found["long"] = self._long(turn)
         if self.config.generations:

@@ -232,11 +232,15 @@ def _weights_digest(path: Path, size: int, changed: int) -> bytes:
 
 def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> ModelRecord:
     name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
+    return model_record(config, name, digest(folder))
+
+
+def model_record(config: PreTrainedConfig, name: str, digest: str) -> ModelRecord:
     shape = HeadShape.of(config)
     dtype = config.dtype or torch.float32
     return ModelRecord(
         name=name,
-        digest=digest(folder),
+        digest=digest,
         num_layers=config.num_hidden_layers,
         kv_shape=KVShape(
             num_key_value_heads=shape.groups,

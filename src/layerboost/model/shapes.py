@@ -103,12 +103,29 @@ def mixed_plan(shares: str, layers: int, window: int) -> list[LayerPlan]:
     return chosen
 
 
+def named_plan(plan: str, layers: int, window: int | None = None) -> list[LayerPlan]:
+    """A plan file's layers, or a plan by shares.
+
+    Args:
+        window: of the sliding share; None is 64.
+
+    Raises:
+        PlanError: the file is not a plan.
+        UsageError: neither a file nor shares, or a window beside a file, which has its own.
+    """
+    if not Path(plan).is_file():
+        return mixed_plan(plan, layers, 64 if window is None else window)
+    if window is not None:
+        raise UsageError(f"window {window} is for shares such as 25/50/25; {plan} has its own, so leave it out")
+    return load(Plan, Path(plan)).layers
+
+
 class Shape(Record):
     """A well-known shape with random weights and a plan for it, in place of a hybrid.
 
     Attributes:
         plan: shares of full, sliding and no attention in percent, or a plan file.
-        window: of the sliding share.
+        window: of the sliding share; None is 64.
     """
 
     name: str
@@ -119,7 +136,7 @@ class Shape(Record):
     kv_heads: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=2, multiple_of=2)
     plan: str = "25/50/25"
-    window: int = Field(64, ge=1)
+    window: int | None = Field(None, ge=1)
 
     def _sizes(self) -> dict[str, Any]:
         return {
@@ -135,6 +152,4 @@ class Shape(Record):
         return shape_config(self.name, **self._sizes())
 
     def layer_plan(self, layers: int) -> list[LayerPlan]:
-        if Path(self.plan).is_file():
-            return load(Plan, Path(self.plan)).layers
-        return mixed_plan(self.plan, layers, self.window)
+        return named_plan(self.plan, layers, self.window)

@@ -397,14 +397,19 @@ def _data(
     """Of the train split, to measure whole plans on; or so many times as much of other data."""
     assert folder is not None
     settings = config.measuring
-    windows = [c.window for own in sensitivity.layers for c in own if c.window is not None]
-    context = sensitivity.model.context
-    length, distance = probe_lengths(sequence_length(settings, context), settings.distance, windows, context)
+    candidates = [[c.plan for c in own] for own in sensitivity.layers]
+    length, distance = measuring_lengths(settings, candidates, sensitivity.model.context)
     return samples(
         open_corpus(config.text), load_tokenizer(folder), model.config.vocab_size, split="train",
         texts=settings.texts * max(1, times), answers=settings.answers * max(1, times), length=length,
         distance=distance, seed=config.seed + (_OTHER_SEED if times else 0),
     )  # fmt: skip
+
+
+def measuring_lengths(settings: Measuring, candidates: list[list[LayerPlan]], context: int) -> tuple[int, int]:
+    """Length and distance of probes, tokens; raises DataError where a candidate's window reaches that far."""
+    windows = [plan.window for own in candidates for plan in own if plan.window is not None]
+    return probe_lengths(sequence_length(settings, context), settings.distance, windows, context)
 
 
 def _piloted(
