@@ -449,7 +449,7 @@ def test_inputs_are_all_that_decides_what_comes_out(tiny, tmp_path):
     folder = tmp_path / "tasks"
     (folder / "more").mkdir(parents=True)
     prompts = write_prompts(tmp_path / "prompts.jsonl", *ROWS)
-    for path in ("a.yaml", "more/a.yaml", "more/helper.py"):
+    for path in ("a.yaml", "more/a.yaml", "more/helper.py", "more/data.jsonl"):
         (folder / path).write_text("task: a")
     record = describe("tiny", tiny, read_config(tiny))
     config = analyze.Config(**QUICK, prompts=prompts, task_folder=folder)
@@ -461,7 +461,7 @@ def test_inputs_are_all_that_decides_what_comes_out(tiny, tmp_path):
     assert digests() == seen[0]
     write_prompts(prompts, *ROWS[:2])
     seen.append(digests())
-    for path in ("a.yaml", "more/a.yaml", "more/helper.py"):
+    for path in ("a.yaml", "more/a.yaml", "more/helper.py", "more/data.jsonl"):
         (folder / path).write_text("task: b")
         seen.append(digests())
     seen.append(digests(config.model_copy(update={"long_answers": 2})))

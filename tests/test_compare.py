@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from layerboost import compare, heal
-from layerboost.artifacts import Comparison, Entry, Trial, load
+from layerboost.artifacts import Comparison, Entry, Plan, Trial, load
 from layerboost.compare.tables import markdown
-from layerboost.errors import CheckpointError, UsageError
+from layerboost.data.corpus import open_corpus
+from layerboost.errors import CheckpointError, PlanError, UsageError
 
 SETTINGS = {
     "seeds": [0], "length": 64, "texts": 2, "answers": 2, "replacement_window": 4,
@@ -121,6 +122,38 @@ def test_what_other_settings_left_half_done_is_not_used(checkpoints, tmp_path, m
     assert not list(tmp_path.rglob("*.work"))
 
 
+def test_other_text_is_healed_and_planned_on(checkpoints, tmp_path):
+    text = tmp_path / "text.txt"
+    where = {"analyze": {**SETTINGS["analyze"], "text": str(text)}, "heal": {**SETTINGS["heal"], "text": str(text)}}
+    asked = job(checkpoints["llama"], selectors=["greedy", "uniform"], replacements=[], **where)
+    found = []
+    for power in (2, 3):
+        text.write_text(" ".join(str(n**power) for n in range(2_000)))
+        found.append((compare.run(asked, out=tmp_path / "out"), compare.run(asked, out=tmp_path / f"fresh{power}")))
+    for again, fresh in found:
+        assert again.entries == fresh.entries
+    (plan,) = (load(Plan, path) for path in (tmp_path / "out").rglob("plans/greedy.json"))
+    assert plan.inputs["text"] == open_corpus(text).digest
+
+
+def test_a_plan_that_cannot_be_converted_is_told_in_the_table(checkpoints, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PlanError("not in this family")
+
+    asked = job(checkpoints["llama"], selectors=["greedy", "uniform"], replacements=[])
+    monkeypatch.setattr(compare.convert, "run", refused)
+    found = compare.run(asked, out=tmp_path)
+    assert [entry.verdict["after"] for entry in found.entries] == ["no plan: not in this family"] * 2
+
+
+def test_every_replacement_in_a_model_with_windows_of_its_own(checkpoints, tmp_path):
+    asked = job(checkpoints["gemma2"], selectors=["greedy"], replacements=["linear", "lolcats"], kv_reduction=0.3)
+    found = compare.run(asked, out=tmp_path)
+    assert [entry.name for entry in found.entries][1:4] == ["uniform linear", "periodic linear", "aware linear"]
+    assert any(entry.trial for entry in found.entries[1:])
+    assert load(Comparison, tmp_path / "comparison.json") == found
+
+
 def test_it_goes_on_after_a_kill(checkpoints, tmp_path, monkeypatch):
     asked = job(checkpoints["llama"], selectors=["greedy", "milp", "uniform", "random"], replacements=[])
     healed = []
@@ -211,6 +244,10 @@ def test_the_table_counts_verdicts():
         ("{models: [m], selectors: [milp]}", "selectors must have greedy"),
         ("{models: [m], replacements: [mamba]}", "'mamba' is not one of"),
         ("{models: [a/m, b/m]}", "two are called m"),
+        ("{models: [m], weights: {cosine: 1}}", "weights: 'cosine' is not one of text_kl, "),
+        ("{models: [m], analyze: {seed: 3}}", "analyze.seed is told by seeds; leave it out"),
+        ("{models: [m], heal: {seed: 3}}", "heal.seed is told by seeds"),
+        ("{models: [m], plan: {length: 64}}", "plan.length is told by length"),
     ],
 )
 def test_wrong_jobs(tmp_path, text, message):

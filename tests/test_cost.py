@@ -1,5 +1,7 @@
 """The cost model: vLLM's cache layout, its scheduler, and what work takes, on cases that can be counted by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -169,6 +171,15 @@ def test_time_adds_up():
     pairs, reads = 55 + (36 + 2 * 8), 20 + 8
     expected = 1e-3 + 2e-5 + weights + pairs * work.pair_flops / 5e8 + reads * work.kv_bytes / 2e8 + 2 * 2 * 2e-6
     assert step_seconds(work, counts, SLOW)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("key", ["flops", "bandwidth", "attention_flops", "kv_bandwidth", "memory"])
+@pytest.mark.parametrize("value", [0, -1, "inf", "nan"])
+def test_a_device_that_cannot_be(tmp_path, key, value):
+    path = tmp_path / "device.json"
+    path.write_text(json.dumps(SLOW.model_dump() | {key: value}))
+    with pytest.raises(UsageError, match=key):
+        find_device(str(path))
 
 
 def test_less_attention_is_never_slower():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from layerboost import analyze
 from layerboost.analyze import plan_stability
 from layerboost.artifacts import Candidate, Damage, KVShape, ModelRecord, Sensitivity
 from layerboost.damage import (
@@ -75,7 +76,7 @@ def test_a_metric_that_was_not_measured():
         lambda weights: resampled_losses(found, weights),
         lambda weights: ranking(found, weights, 0.95),
         lambda weights: options(found, 128, weights),
-        lambda weights: plan_stability(found, weights, 128, 0.5),
+        lambda weights: plan_stability(found, weights, 0.5),
     ):
         with pytest.raises(PlanError, match=message):
             ask({"text_kl": 0.5, "answer_kl": 0.5})
@@ -117,6 +118,30 @@ def test_resamples_of_several_metrics():
     kept_none = Candidate.of(NONE, {"text_kl": Damage(mean=1, low=1, high=1)})
     with pytest.raises(PlanError, match="damage text_kl has no value per sequence"):
         resampled_losses(own.model_copy(update={"layers": [[kept_none]]}), ONE)
+
+
+def test_metrics_of_the_same_sequences_are_resampled_together():
+    hard = noise(20) + 3
+    for one, other in (("text_kl", "text_nll"), ("recall_kl", "recall_nll"), ("recall_kl@48", "recall_nll@48")):
+        found = sensitivity([{NONE: {one: hard, other: hard}}])
+        both = resampled_losses(found, {one: 0.5, other: 0.5})[0][0]
+        assert both == pytest.approx(resampled_losses(found, {one: 1.0})[0][0])
+    apart = sensitivity([{NONE: {"text_kl": hard, "recall_kl": hard}}])  # of other sequences
+    both = resampled_losses(apart, {"text_kl": 0.5, "recall_kl": 0.5})[0][0]
+    assert both.std() == pytest.approx(hard.std() / 20**0.5 / 2**0.5, rel=0.1)
+
+
+def test_stability_counts_the_cache_as_plan_does():
+    """At 100,000 tokens a window of 4,000 is nearly nothing, at 4,096 nearly everything."""
+    found = sensitivity([{NONE: [3.0, 3.1], window(4_000): [0.1, 0.1]}, {NONE: [1.0, 1.1], window(4_000): [0.1, 0.1]}])
+    long = found.model_copy(update={"model": found.model.model_copy(update={"context": 100_000})})
+    chosen = []
+    for own in (long, long.model_copy(update={"model": long.model.model_copy(update={"context": 4_096})})):
+        with pytest.MonkeyPatch.context() as patch:
+            real = analyze.solve
+            patch.setattr(analyze, "solve", lambda *a, real=real, **k: chosen.append(real(*a, **k)) or chosen[-1])
+            plan_stability(own, ONE, 0.5)
+    assert chosen[0] == chosen[-1] == [FULL, NONE]
 
 
 def test_layers_that_cannot_be_told_apart_are_grouped():
@@ -311,11 +336,11 @@ def test_the_hull_begins_with_everything_kept():
 def test_clear_plans_are_stable_and_ties_are_not():
     quiet = [noise(30, 0.1, seed) for seed in range(4)]
     clear = sensitivity([{NONE: values + loss} for values, loss in zip(quiet, (5, 0.5, 4, 1), strict=True)])
-    assert plan_stability(clear, ONE, 128, 0.5) == 1.0
+    assert plan_stability(clear, ONE, 0.5) == 1.0
     loud = [noise(30, 1, seed) for seed in range(4)]
     tied = sensitivity([{NONE: values + 3} for values in loud])
-    assert 0 < plan_stability(tied, ONE, 128, 0.5) < 0.5  # one of six plans
+    assert 0 < plan_stability(tied, ONE, 0.5) < 0.5  # one of six plans
     # what all layers share decides nothing
     shared = sensitivity([{NONE: loud[0] * 9 + loss} for loss in (30.5, 30.2, 30.4, 30.3)])
-    assert plan_stability(shared, ONE, 128, 0.5) == 1.0
-    assert plan_stability(tied, ONE, 128, 1.0) == 1.0  # all have to go
+    assert plan_stability(shared, ONE, 0.5) == 1.0
+    assert plan_stability(tied, ONE, 1.0) == 1.0  # all have to go

@@ -12,7 +12,7 @@ from layerboost.damage import candidate_loss, damages, weighted
 from layerboost.errors import PlanError
 from layerboost.layer_plan import KEEP
 from layerboost.passes import Scorer, count_layers
-from layerboost.plan import _MORE_DATA, _data, _model
+from layerboost.plan import _MORE_DATA, _data, _model, _more_data
 from layerboost.plan.budget import Budget
 from layerboost.plan.greedy import Search
 from tests.tiny import NONE, window
@@ -169,8 +169,9 @@ def test_what_cannot_be_met():
     model = MadeUp(4, 0)
     with pytest.raises(PlanError, match="cannot be met with the candidates"):
         model.search(budget(4, kv_reduction=0.9, at_least=plan.AtLeast(full_attention=2))).run([])
+    search = model.search(budget(4, kv_reduction=0.9, max_loss=0.001))
     with pytest.raises(PlanError, match="cannot be met together: the least measured loss"):
-        model.search(budget(4, kv_reduction=0.9, max_loss=0.001)).run([], 0.001)
+        search.check(search.run([], 0.001), 0.001)
 
 
 class TestOnAModel:
@@ -186,7 +187,9 @@ class TestOnAModel:
         config = self.config()
         made = plan.run(found, config, model=tiny)
         model = _model(config, tiny)
-        own, more = (Scorer(model, _data(model, found, config, tiny, times)) for times in (0, _MORE_DATA))
+        own = Scorer(model, _data(model, found, config, tiny))
+        more = Scorer(model, _more_data(model, found, config, tiny))
+        assert more.tokens == _MORE_DATA * own.tokens
 
         def measured(layers, scorer):
             base, scores = scorer([[KEEP] * 4, layers])
@@ -245,14 +248,45 @@ class TestOnAModel:
             return {metric: values + 10 * (scores["text.nll"] == flattered).all() for metric, values in lost.items()}
 
         model = _model(config, tiny)
-        flattered = Scorer(model, _data(model, found, config, tiny, _MORE_DATA))([usual.layers])[0]["text.nll"]
+        flattered = Scorer(model, _more_data(model, found, config, tiny))([usual.layers])[0]["text.nll"]
         monkeypatch.setattr(plan, "damages", spoilt)
         other = plan.run(found, config, model=tiny)
         assert [p.label for p in other.layers] != [p.label for p in usual.layers]
 
+    def test_other_data_is_none_that_the_search_has_seen(self, tiny, found, tmp_path):
+        model, text = _model(self.config(), tiny), tmp_path / "text.txt"
+        text.write_text(" ".join(str(n * n) for n in range(1_500)))
+        few = FEW.model_copy(update={"texts": 20, "length": 64})
+        for config in (self.config(), self.config(text=text, measuring=few)):
+            seen, other = _data(model, found, config, tiny), _more_data(model, found, config, tiny)
+            assert set(seen) == set(other)
+            for kind in seen:
+                rows = [tuple(row) for data in (seen, other) for row in data[kind].tokens.tolist()]
+                assert len(set(rows)) == len(rows)
+        assert 20 < len(other["text"]) < 60  # all that there is
+
+    def test_text_that_the_search_has_seen_all_of(self, tiny, found, tmp_path, capsys, monkeypatch):
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(str(n * n) for n in range(1_500)))
+        few = FEW.model_copy(update={"texts": 400, "length": 64, "naive_passes": 10})
+        config = self.config(text=text, measuring=few)
+        made = plan.run(found, config, model=tiny)
+        assert "no text that the search has not seen" in capsys.readouterr().err
+        model = _model(config, tiny)
+        base, scores = Scorer(model, _data(model, found, config, tiny))([[KEEP] * 4, made.layers])
+        assert made.measured["loss"] == pytest.approx(weighted(damages(base, scores), config.weights), abs=1e-6)
+
+    def test_the_limit_on_loss_is_of_the_best_on_more_data(self, tiny, found):
+        best = plan.run(found, self.config(), model=tiny).measured["loss"]
+        made = plan.run(found, self.config(max_loss=best + 1e-5), model=tiny)
+        assert made.measured["loss"] == best
+        with pytest.raises(PlanError, match="the least measured loss is"):
+            plan.run(found, self.config(max_loss=best - 1e-3), model=tiny)
+
     def test_what_is_not_measured_here_has_no_weight(self, tiny, found):
-        with pytest.raises(PlanError, match=r"greedy measures text_kl, .*, not benchmarks"):
-            plan.run(found, self.config(weights={"benchmarks": 1.0}), model=tiny)
+        for planner in ("greedy", "gates"):
+            with pytest.raises(PlanError, match=rf"{planner} measures text_kl, .*, not benchmarks"):
+                plan.run(found, self.config(planner=planner, weights={"benchmarks": 1.0}), model=tiny)
 
     def test_another_model_is_refused(self, checkpoints, found):
         with pytest.raises(PlanError, match=r"was measured on qwen3, which .*llama is not"):

@@ -70,6 +70,15 @@ def test_they_go_when_they_are_not_needed_any_more(tmp_path):
         kept["a"] = 1
 
 
+def test_a_folder_with_more_in_it_is_not_removed(tmp_path):
+    with kept_beside(tmp_path / "plan.json") as kept:
+        kept["a"] = 1
+        (tmp_path / "plan.json-measured" / "thesis.txt").write_text("years of work")
+        (tmp_path / "plan.json-measured" / "mine.jsonl").write_text('["b", 2]')
+    assert {path.name for path in (tmp_path / "plan.json-measured").iterdir()} == {"thesis.txt", "mine.jsonl"}
+    assert "b" not in Measured(tmp_path / "plan.json-measured")
+
+
 def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     kept = Measured(tmp_path / "file" / "kept")

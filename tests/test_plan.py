@@ -18,6 +18,7 @@ from layerboost.cost.device import find_device
 from layerboost.data import samples
 from layerboost.errors import PlanError
 from layerboost.layer_plan import LayerPlan, full_plan
+from layerboost.model.config import check_windows
 from layerboost.model.loading import describe, read_config
 from layerboost.plan.budget import Budget
 from layerboost.plan.milp import plan_milp
@@ -119,7 +120,12 @@ def test_least_kv_under_a_loss_budget(losses, most):
     found = sensitivity(losses)
     made = plan.run(found, plan.Config(max_loss=most, context=128))
     assert made.predicted["loss"] <= most + 1e-5
-    assert made.predicted["kv_share"] == pytest.approx(brute_force(found, limit_loss=most), abs=1e-4)
+    least = brute_force(found, limit_loss=most)
+    assert made.predicted["kv_share"] == pytest.approx(least, abs=1e-4)
+    # and of all that are as small, the one that loses least
+    whole = found.model.kv_bytes(full_plan(found.model.num_layers), 128)
+    losses = [loss for layers, loss in every_plan(found) if found.model.kv_bytes(layers, 128) / whole <= least + 1e-9]
+    assert made.predicted["loss"] == pytest.approx(min(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.0, "as it was"), (1.0, "without attention"), (0.3, None)])
@@ -323,6 +329,25 @@ def test_a_reason_for_every_layer_and_the_default_budget():
     assert "no_attention 2.000" in made.layers[0].reason
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"planner": "uniform", "mixer": window(999), "kv_reduction": 0},
+        {"planner": "tiers", "tiers": {"full": 1, "sliding": 1, "window": 999}},
+    ],
+)
+def test_plans_that_no_model_takes_are_refused(settings):
+    with pytest.raises(PlanError, match="window 999 is wider than the model's context of 128"):
+        plan.run(sensitivity([(1, 0, 0)] * 2), plan.Config.model_validate(settings))
+
+
+def test_linear_attention_takes_no_native_window():
+    found = sensitivity([(1, 0.2, 0.1)] * 4, native=[8, None, 8, None])
+    for planner in ("uniform", "periodic"):
+        config = plan.Config(planner=planner, mixer=linear("gla"), context=128, kv_reduction=0)
+        check_windows(dict(enumerate(plan.run(found, config).layers)), found.model.native_windows)
+
+
 def test_of_equal_losses_the_smaller_cache_wins():
     assert [p.label for p in plan.run(sensitivity([(0, 0, 0)] * 2), plan.Config(kv_reduction=0)).layers] == [
         "no_attention"
@@ -423,7 +448,7 @@ def test_uniform():
     gone = plan.run(found, plan.Config(planner="uniform", kv_reduction=0.99, context=128))
     assert [p.label for p in gone.layers] == ["no_attention"] * 3
     asked = plan.run(found, plan.Config(planner="uniform", mixer=linear("gla"), context=128, kv_reduction=0.0))
-    assert [p.variant for p in asked.layers] == ["gla"] * 3
+    assert [p.variant for p in asked.layers] == [None, "gla", "gla"]  # which looks further back than a window
     assert asked.predicted["loss"] is None
     with pytest.raises(PlanError, match="by the same mixer in every layer"):
         plan.run(found, plan.Config(planner="uniform", kv_reduction=0.99, at_least=plan.AtLeast(full_attention=2)))
@@ -615,6 +640,35 @@ class TestPilots:
             assert len({tuple(p.label for p in layers) for layers in seen}) == 3
         plain = self.run(tiny, None, pilots=0)
         assert [p.label for p in plain.layers] == [p.label for p in seen[0]]  # the planner's own comes first
+
+    def test_pilots_of_other_weights_or_healings_are_not_used(self, tiny, tmp_path):
+        healed = []
+
+        def interrupted(layers):
+            healed.append(layers)
+            if len(healed) == 3:
+                raise KeyboardInterrupt
+            return 1.0
+
+        out = tmp_path / "plan.json"
+        with pytest.raises(KeyboardInterrupt):
+            self.run(tiny, Stub(interrupted), out)
+        for changes, digest in (({"weights": {"text_kl": 1.0}}, "stub"), ({}, "another")):
+            again = []
+            self.run(
+                tiny, Stub(lambda layers, again=again: float(len(again.append(layers) or again)), digest), **changes
+            )
+            known = []
+            with pytest.raises(KeyboardInterrupt):
+                self.run(tiny, Stub(lambda layers, known=known: self.stop(known, layers, 3), digest), out, **changes)
+            assert known == again
+
+    @staticmethod
+    def stop(seen, layers, at):
+        seen.append(layers)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return 1.0
 
     def test_a_search_that_was_stopped_heals_only_what_was_not_healed(self, tiny, tmp_path, capsys):
         out, whole, seen = tmp_path / "plan.json", [], []

@@ -3,6 +3,7 @@
 L layers, C candidates of a layer, R resamples.
 """
 
+import re
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def _weighs(weights: dict[str, float]) -> dict[str, float]:
 
 Weights = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_weighs)]
 _RESAMPLES = 1_000
+_DIVERGENCE = re.compile("_(kl|nll)(?=@|$)")
 # of layers that differ by less than rounding, nothing can be said
 _SAME = 1e-6
 
@@ -61,12 +63,13 @@ def resampled_losses(
 ) -> list[np.ndarray]:
     """Per layer `[C, R]`: the weighted loss on resampled sequences, the same ones for every layer and candidate.
 
-    Paired, because layers are compared on the same sequences: what makes one sequence hard for all of them cancels.
+    Paired, because layers are compared on the same sequences: what makes one sequence hard for all of them cancels. KL
+    and NLL of the same sequences are resampled together; of accuracies, which are of some of them, each by itself.
 
     Raises:
         PlanError: a metric was not measured, or its sequences were not kept.
     """
-    rng = np.random.default_rng(0)
+    shares = Shares(resamples)
     total = [np.zeros((len(candidates), resamples)) for candidates in sensitivity.layers]
     for metric, weight in weights.items():
         values = [[damage_of(c, metric).per_sequence for c in candidates] for candidates in sensitivity.layers]
@@ -75,13 +78,28 @@ def resampled_losses(
             raise PlanError(
                 f"damage {metric} has no value per sequence that could be resampled; analyze the model again"
             )
-        count = max(lengths, default=1)
-        share = rng.multinomial(count, np.full(count, 1 / count), resamples).T / count  # [sequences, R]
+        share = shares(metric, max(lengths, default=1))
         for losses, layer in zip(total, values, strict=True):
             if layer:
                 # one by one: how a product of several rows is rounded depends on how many there are
                 losses += weight * np.array([np.array(row) @ share for row in layer])
     return total
+
+
+class Shares:
+    """What each of a metric's sequences counts for in every resample, the same for metrics of the same sequences."""
+
+    def __init__(self, resamples: int) -> None:
+        self.resamples = resamples
+        self._rng = np.random.default_rng(0)
+        self._known: dict[tuple[str, int], np.ndarray] = {}
+
+    def __call__(self, metric: str, count: int) -> np.ndarray:
+        """`[count, R]` float64, columns add up to 1."""
+        key = _DIVERGENCE.sub("", metric), count
+        if key not in self._known:
+            self._known[key] = self._rng.multinomial(count, np.full(count, 1 / count), self.resamples).T / count
+        return self._known[key]
 
 
 def ranking(

@@ -13,9 +13,13 @@ from layerboost.damage import candidate_loss
 from layerboost.layer_plan import KEEP, LayerPlan
 
 DEFAULT_KV_REDUCTION = 0.5  # where no budget is given
-# what breaks ties: of two equal plans, the one that saves more, counted far below any measured damage
-_TIE = 1e-9
+_SAME = 1e-9  # what is rounding in a sum of losses or shares
 _GONE = LayerPlan("no_attention")
+
+
+def default_context(context: int) -> int:
+    """Tokens that the cache is counted for where nothing else is said, of a model's context."""
+    return min(context, 4_096)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def solve(
     most_full: int | None = None,
     **most: float | None,
 ) -> list[LayerPlan] | None:
-    """The best plan, or None if there is none; HiGHS proves it optimal.
+    """The best plan, or None if there is none; HiGHS proves it optimal. Of equal ones, the one that costs least
+    otherwise.
 
     Args:
         minimise: `loss` or `kv`.
@@ -81,19 +86,24 @@ def solve(
         constraints.append(LinearConstraint(_are(choices, "full_attention"), 0, most_full))
     for name, limit in most.items():
         if limit is not None:
-            constraints.append(LinearConstraint(values[name][None], -np.inf, limit + 1e-9))
-    other = {"loss": "kv", "kv": "loss"}[minimise]
-    solved = milp(
-        values[minimise] + _TIE * values[other],
-        constraints=constraints,
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if solved.x is None:
+            constraints.append(LinearConstraint(values[name][None], -np.inf, limit + _SAME))
+    best = _least(values[minimise], constraints)
+    if best is None:
         return None
-    taken = sorted((o for o, x in zip(choices, solved.x, strict=True) if x > 0.5), key=lambda option: option.layer)
+    no_worse = LinearConstraint(values[minimise][None], -np.inf, values[minimise] @ best + _SAME)
+    other = _least(values[{"loss": "kv", "kv": "loss"}[minimise]], [*constraints, no_worse])
+    chosen = best if other is None else other
+    taken = sorted((o for o, x in zip(choices, chosen, strict=True) if x), key=lambda option: option.layer)
     return [option.plan for option in taken]
+
+
+def _least(costs: np.ndarray, constraints: list[LinearConstraint]) -> np.ndarray | None:
+    """Which options to take, `[O]` bool."""
+    solved = milp(
+        costs, constraints=constraints, integrality=np.ones(len(costs)), bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )  # fmt: skip
+    return None if solved.x is None else solved.x > 0.5
 
 
 def _are(choices: Sequence[Option], mixer: str) -> np.ndarray:

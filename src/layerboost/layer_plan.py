@@ -108,6 +108,14 @@ class LayerPlan:
         """Whether both give a layer the same mixer, whatever their reasons."""
         return self._what() == other._what()
 
+    def narrows(self, native: int | None) -> bool:
+        """Whether a layer that sees `native` tokens, or everything, would see less; linear attention looks back all the
+        way."""
+        if self.mixer == "linear_attention":
+            return native is None
+        window = 0 if self.mixer == "no_attention" else self.window
+        return window is not None and (native is None or window < native)
+
     def _what(self) -> tuple[Any, ...]:
         return self.mixer, self.window, self.sink, self.variant, self.feature_map
 

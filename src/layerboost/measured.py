@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ class Measured:
         self.folder = folder
         self._of = [versions(), *of]
         self._values: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.jsonl")) if folder else []:
+        for path in sorted(folder.glob("[0-9]*.jsonl")) if folder else []:
             self._values |= _read(path)
         self._silent = not self._values
 
@@ -72,7 +71,10 @@ def kept_beside(out: Path | None, *of: str) -> Iterator[Measured]:
 
 def _remove(kept: Measured) -> None:
     if kept.folder is not None and os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(kept.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder with anything else in it is somebody's own
+            for path in kept.folder.glob("[0-9]*.jsonl"):
+                path.unlink()
+            kept.folder.rmdir()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
 from layerboost.artifacts import TaskScore, file_digest
+from layerboost.data.corpus import files_of
 from layerboost.errors import (
     CheckpointError,
     DataError,
@@ -164,11 +165,11 @@ def _finite(value: Any) -> float | None:
 
 
 def task_files(folder: Path | None) -> dict[str, str]:
-    """Digests of the task files in a folder."""
+    """Digests of the files in a folder of tasks: what they are, their code, and data beside them."""
     if folder is None:
         return {}
-    files = sorted(path for kind in ("*.yaml", "*.py") for path in folder.rglob(kind))
-    return {f"task {path.relative_to(folder)}": file_digest(path) for path in files}
+    _, files = files_of(folder)
+    return {f"task {path.relative_to(folder)}": file_digest(path) for path in files if "__pycache__" not in path.parts}
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> Asked:

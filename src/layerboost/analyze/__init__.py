@@ -31,7 +31,7 @@ from layerboost.damage import DEFAULT_WEIGHTS, Weights, damages, levels, ranking
 from layerboost.data.samples import TEXT, DataConfig, data_inputs
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, UsageError
-from layerboost.knapsack import DEFAULT_KV_REDUCTION, options, solve
+from layerboost.knapsack import DEFAULT_KV_REDUCTION, default_context, options, solve
 from layerboost.layer_plan import KEEP, LayerPlan, full_plan
 from layerboost.measured import Measured, kept_beside
 from layerboost.model.hybrid import Hybrid
@@ -71,7 +71,7 @@ class Config(DataConfig):
         prompts: JSON lines with `text`, or `prompt` and `answer`, of a user's own.
         tasks: lm-eval tasks; `task_limit` documents of each, `task_folder` with further task files.
         estimators: cheap one-pass estimates to set beside the measured damage.
-        confidence: of intervals and of what is called different.
+        confidence: of what is called different; intervals of single damages are of 95 %.
         weights: how damages add up to the loss that layers are ranked by.
         until_resolved: look at more data until the plan at `kv_reduction` is stable, or `max_tokens` or all
             text were looked at.
@@ -182,7 +182,7 @@ def _measure(
         end = "token cap" if tokens + scorer.tokens > config.max_tokens else None
         if config.until_resolved and end is None and not looking.has_text(turn):
             end = "no more text"
-        resolution = _resolve(draft, config, looking.context, end)
+        resolution = _resolve(draft, config, end)
     return Sensitivity(
         model=record, layers=layers, baseline={metric: _summary(v) for metric, v in found[0].items()}, costs=costs,
         resolution=resolution, inputs=inputs(record, folder, config),
@@ -224,12 +224,7 @@ def candidates_for(model: ModelRecord, windows: list[int], mixers: Sequence[Laye
         if mixer.mixer == "full_attention" or any(mixer.alike(other) for other in tried):
             raise UsageError(f"mixers: {mixer.label} is tried anyway; leave it out")
         tried.append(mixer)
-    return [[plan for plan in tried if native is None or _narrows(plan, native)] for native in model.native_windows]
-
-
-def _narrows(plan: LayerPlan, native: int) -> bool:
-    """Whether it sees less than a native window; linear attention looks back further."""
-    return plan.mixer == "no_attention" or (plan.mixer == "sliding_attention" and (plan.window or 0) < native)
+    return [[plan for plan in tried if plan.narrows(native)] for native in model.native_windows]
 
 
 def one_changed(candidates: list[list[LayerPlan]]) -> list[list[LayerPlan]]:
@@ -332,13 +327,13 @@ def _summary(values: np.ndarray) -> Damage:
     return Damage(mean=found.mean, low=found.low, high=found.high, per_sequence=rounded.tolist())
 
 
-def _resolve(sensitivity: Sensitivity, config: Config, context: int, end: str | None) -> Resolution:
+def _resolve(sensitivity: Sensitivity, config: Config, end: str | None) -> Resolution:
     """What can be told apart, and with `until_resolved` whether to stop; `end` says why there is no more to look at."""
     weights, confidence = config.weights, config.confidence
     kv_reduction = config.kv_reduction
     if config.until_resolved and kv_reduction is None:
         kv_reduction = DEFAULT_KV_REDUCTION
-    stability = None if kv_reduction is None else plan_stability(sensitivity, weights, context, kv_reduction)
+    stability = None if kv_reduction is None else plan_stability(sensitivity, weights, kv_reduction)
     stopped = None
     if config.until_resolved and stability is not None:
         stopped = "stable" if stability >= confidence else end
@@ -349,8 +344,10 @@ def _resolve(sensitivity: Sensitivity, config: Config, context: int, end: str | 
     )  # fmt: skip
 
 
-def plan_stability(sensitivity: Sensitivity, weights: dict[str, float], context: int, kv_reduction: float) -> float:
-    """Share of resampled data on which the additive plan at this budget is the one that all data give."""
+def plan_stability(sensitivity: Sensitivity, weights: dict[str, float], kv_reduction: float) -> float:
+    """Share of resampled data on which the additive plan at this budget is the one that all data give; the cache is
+    counted for as many tokens as `plan` counts."""
+    context = default_context(sensitivity.model.context)
     losses = resampled_losses(sensitivity, weights, _STABILITY_RESAMPLES)
     count = sensitivity.model.num_layers
 

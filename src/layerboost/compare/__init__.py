@@ -39,7 +39,7 @@ from layerboost.artifacts import (
     write_text,
 )
 from layerboost.compare.tables import figures, markdown
-from layerboost.damage import DEFAULT_WEIGHTS, Weights, damages
+from layerboost.damage import DEFAULT_WEIGHTS, Shares, Weights, damages
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import samples
@@ -87,6 +87,11 @@ SELECTORS: dict[str, dict[str, Any]] = {
 }
 _WHEN = ("before", "after")
 _PILOT_SHARE = 5  # a pilot has a fifth of the tokens of the healing
+# settings of other verbs that a job has its own for
+_TOLD = {
+    "analyze.seed": "seeds", "analyze.length": "length", "analyze.weights": "weights", "analyze.mixers": "replacements",
+    "plan.length": "length", "heal.seed": "seeds",
+}  # fmt: skip
 _PAPER = "tiers benchmarks"  # the paper's own score needs `analyze.tasks`
 # what may take the place of attention; windows are filled in
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -143,6 +148,13 @@ def load_job(path: Path) -> Job:
     names = [Path(model).name for model in job.models]
     if len(set(names)) < len(names):
         raise UsageError(f"job {path}: models: two are called {max(names, key=names.count)}, as their folders would be")
+    unknown = [metric for metric in job.weights if metric not in plan.MEASURED]
+    if unknown:
+        raise UsageError(f"job {path}: weights: {unknown[0]!r} is not one of {', '.join(plan.MEASURED)}")
+    for key, of in _TOLD.items():
+        section, _, setting = key.partition(".")
+        if setting in getattr(job, section).model_fields_set:
+            raise UsageError(f"job {path}: {key} is told by {of}; leave it out")
     if DEFAULT not in job.selectors:
         raise UsageError(f"job {path}: selectors must have {DEFAULT}, which the others are compared with")
     return job
@@ -191,7 +203,8 @@ class Bout:
     @cached_property
     def usual(self) -> set[str]:
         """Labels of every selector's candidates; replacements are measured beside them."""
-        windows = self.job.analyze.windows or analyze.default_windows(self.record.context)
+        asked = self.job.analyze.windows
+        windows = analyze.default_windows(self.record.context) if asked is None else asked
         return {plan.label for own in analyze.candidates_for(self.record, windows) for plan in own}
 
     def run(self) -> list[Entry]:
@@ -199,13 +212,13 @@ class Bout:
         trials: dict[str, Trial] = {}
         entries = []
         for name, config, kept in self._ways():
-            chosen, cost = self._plan(name, config, kept)
-            if isinstance(chosen, str):
-                entries.append(
-                    Entry(model=self.model, seed=self.seed, name=name, trial=None, verdict={"after": chosen})
-                )
+            try:
+                chosen, cost = self._plan(name, config, kept)
+                digest, trial = self._trial(chosen)
+            except PlanError as trouble:
+                verdict = {"after": f"no plan: {trouble}"}
+                entries.append(Entry(model=self.model, seed=self.seed, name=name, trial=None, verdict=verdict))
                 continue
-            digest, trial = self._trial(chosen)
             trials[name] = trial
             entries.append(
                 Entry(
@@ -218,7 +231,7 @@ class Bout:
         return [self._judged(entry, trials) for entry in entries]
 
     def _judged(self, entry: Entry, trials: dict[str, Trial]) -> Entry:
-        if entry.name not in trials or entry.name == DEFAULT:
+        if entry.name not in trials or entry.name == DEFAULT or DEFAULT not in trials:
             return entry
         ours, theirs = trials[DEFAULT], trials[entry.name]
         against: dict[str, Estimate] = {}
@@ -278,13 +291,13 @@ class Bout:
         ]  # fmt: skip
         return max(fitting, default=1)
 
-    def _plan(self, name: str, told: dict[str, Any], kept: set[str]) -> tuple[Plan | str, float]:
+    def _plan(self, name: str, told: dict[str, Any], kept: set[str]) -> tuple[Plan, float]:
         config = validate(
             plan.Config,
             told | {
                 "kv_reduction": self.job.kv_reduction, "context": self.job.length, "seed": self.seed,
                 "weights": self.job.weights, "measuring": self.job.plan.model_dump() | {"length": self.job.length},
-                "pilot_tokens": self._pilot_tokens,
+                "pilot_tokens": self._pilot_tokens, "text": self.job.analyze.text, "device": self.job.analyze.device,
             },
             f"selector {name}", UsageError,
         )  # fmt: skip
@@ -296,10 +309,7 @@ class Bout:
         wanted = plan.inputs(allowed, config, self.base, pilots)
         if recorded_inputs(path) != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                plan.run(allowed, config, model=self.model, out=path, pilot=pilots)
-            except PlanError as trouble:
-                return f"no plan: {trouble}", 0.0
+            plan.run(allowed, config, model=self.model, out=path, pilot=pilots)
         found = load(Plan, path)
         return found, self._cost(told, found, allowed)
 
@@ -312,8 +322,9 @@ class Bout:
         if told["planner"] in ("uniform", "periodic", "random"):
             return 0.0
         score = told.get("tiers", {}).get("score")
-        if score in self.sensitivity.costs:
-            return self.sensitivity.costs[score].forwards
+        measured_by = "tasks" if score == analyze.BENCHMARKS else score
+        if measured_by in self.sensitivity.costs:
+            return self.sensitivity.costs[measured_by].forwards
         layers = len(allowed.layers)
         candidates = [[c for c in own if score is None or c.mixer == "no_attention"] for own in allowed.layers]
         analysed = 1 + sum(len(own) * (layers - i) / layers for i, own in enumerate(candidates))
@@ -330,8 +341,8 @@ class Bout:
         wanted = {
             "model": self.record.digest, "layers": text_digest(labels),
             "settings": text_digest(
-                {"heal": healing.model_dump(mode="json"), "texts": self.job.texts, "answers": self.job.answers,
-                 "length": self.job.length}
+                {"heal": heal.data_and_settings(self.base, healing), "texts": self.job.texts,
+                 "answers": self.job.answers, "length": self.job.length}
             ),
         }  # fmt: skip
         digest = text_digest(labels)[:16]
@@ -386,14 +397,13 @@ class Bout:
 
 
 def weighted_estimate(metrics: dict[str, list[float]], weights: dict[str, float], resamples: int = 1_000) -> Estimate:
-    """The weighted sum of metrics' means, with an interval from resampling each metric's sequences."""
-    rng = np.random.default_rng(0)
+    """The weighted sum of metrics' means, with an interval from resampling sequences."""
+    shares = Shares(resamples)
     mean, drawn, count = 0.0, np.zeros(resamples), 0
     for metric, weight in weights.items():
         values = np.array(metrics[metric])
-        picks = rng.integers(0, len(values), (resamples, len(values)))
         mean += weight * float(values.mean())
-        drawn += weight * values[picks].mean(1)
+        drawn += weight * (values @ shares(metric, len(values)))
         count += len(values)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Estimate(mean=mean, low=float(low), high=float(high), count=count)

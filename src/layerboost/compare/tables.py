@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from layerboost.artifacts import Comparison, Entry
 from layerboost.layer_plan import short
@@ -67,19 +66,17 @@ def figures(comparison: Comparison, path: Path) -> None:
         1, len(models), figsize=(1 + 4.5 * len(models), 1 + 0.28 * len(ways)), sharey=True, squeeze=False
     )
     for panel, model in zip(panels[0], models, strict=True):
+        tried = [e for e in comparison.entries if e.model == model and e.trial is not None]
         for when, colour in (("before", "0.75"), ("after", "tab:blue")):
-            points: list[Any] = [
-                (e.loss[when].mean, ways.index(e.name))
-                for e in comparison.entries
-                if e.model == model and e.trial is not None
-            ]
-            panel.scatter(*zip(*points, strict=True), c=colour, s=18, label=f"{when} healing")
+            losses = [e.loss[when].mean for e in tried]
+            panel.scatter(losses, [ways.index(e.name) for e in tried], c=colour, s=18, label=f"{when} healing")
         panel.set_title(Path(model).name)
         panel.set_xlabel("held-out loss, nats per token")
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+        if any(loss.mean > 0 for e in tried for loss in e.loss.values()):
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(ways)), ways)
     panels[0][0].invert_yaxis()

@@ -4,8 +4,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from layerboost.artifacts import Record, read_json, validate
 from layerboost.errors import UsageError
@@ -18,6 +20,9 @@ _SHEETS = {
 # what engines usually reach of a data sheet, and a step's and a sequence's time on the host: rules of thumb
 _COMPUTE, _ATTENTION, _BANDWIDTH, _STEP, _SEQUENCE = 0.6, 0.4, 0.8, 2e-3, 1e-5
 _RATES = ("flops", "bandwidth", "attention_flops", "kv_bandwidth", "memory")
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Device(Record):
@@ -34,14 +39,14 @@ class Device(Record):
 
     name: str
     how: str
-    flops: float
-    bandwidth: float
-    attention_flops: float
-    kv_bandwidth: float
-    memory: float
-    step_seconds: float = _STEP
-    sequence_seconds: float = _SEQUENCE
-    call_seconds: float = 0.0
+    flops: Rate
+    bandwidth: Rate
+    attention_flops: Rate
+    kv_bandwidth: Rate
+    memory: Rate
+    step_seconds: float = Field(_STEP, ge=0)
+    sequence_seconds: float = Field(_SEQUENCE, ge=0)
+    call_seconds: float = Field(0.0, ge=0)
 
     def times(self, count: int) -> "Device":
         """`count` of them, splitting every layer; talking to one another is not counted."""

@@ -85,18 +85,22 @@ def check_windows(changes: dict[int, LayerPlan], native: list[int | None]) -> No
 
 def check_plan(layers: list[LayerPlan], config: PreTrainedConfig) -> None:
     """Raises PlanError if the plan does not fit a model of this configuration."""
-    if len(layers) != config.num_hidden_layers:
+    check_layers(layers, native_windows(config), config.max_position_embeddings)
+
+
+def check_layers(layers: list[LayerPlan], native: list[int | None], context: int) -> None:
+    """Raises PlanError if there are too many or too few, or one would see more than it did."""
+    if len(layers) != len(native):
         raise PlanError(
-            f"plan has {len(layers)} layers, model has {config.num_hidden_layers} (num_hidden_layers); plan again on "
-            "this model"
+            f"plan has {len(layers)} layers, model has {len(native)} (num_hidden_layers); plan again on this model"
         )
     for index, plan in enumerate(layers):
-        if plan.window is not None and plan.window > config.max_position_embeddings:
+        if plan.window is not None and plan.window > context:
             raise PlanError(
-                f"layer {index}: window {plan.window} is wider than the model's context of "
-                f"{config.max_position_embeddings}; use full_attention"
+                f"layer {index}: window {plan.window} is wider than the model's context of {context}; use "
+                "full_attention"
             )
-    check_windows(dict(enumerate(layers)), native_windows(config))
+    check_windows(dict(enumerate(layers)), native)
 
 
 def hybrid_config(config: PreTrainedConfig, layers: list[LayerPlan], provenance: dict[str, Any] | None = None) -> Any:

@@ -4,6 +4,7 @@ A planner is a function of sensitivity, cost and budget (`milp`, `tiers`, `patte
 (`greedy`, `gates`).
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -36,10 +37,11 @@ from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length
 from layerboost.data.sequences import Sequences
-from layerboost.errors import PlanError
+from layerboost.errors import DataError, PlanError
 from layerboost.knapsack import DEFAULT_KV_REDUCTION, options
 from layerboost.layer_plan import KEEP, LayerPlan, short
 from layerboost.measured import Measured, kept_beside
+from layerboost.model.config import check_layers
 from layerboost.model.hybrid import Hybrid
 from layerboost.model.loading import describe, find_model, load_original, load_tokenizer, pick_device, read_config
 from layerboost.passes import Scorer, ranks
@@ -56,9 +58,8 @@ PLANNER = Literal["greedy", "milp", "gates", "tiers", "uniform", "periodic", "ra
 _FRONT_POINTS = 24
 # of the search's best plans so many are measured on so many times its data, for at most this part of its limit
 _FINALISTS, _MORE_DATA, _FINAL_SHARE = 6, 3, 3
-_OTHER_SEED = 500
 _OF_LOAD = ("device_profile", "concurrency", "prompt_tokens", "output_tokens", "kv_memory")
-_MEASURED = ("text_kl", "text_nll", "recall_kl", "recall_nll", *PROBES)
+MEASURED = ("text_kl", "text_nll", "recall_kl", "recall_nll", *PROBES)
 
 
 class AtLeast(Record):
@@ -233,6 +234,7 @@ def run(
     budget = Budget(sensitivity.model, config, model_config)
     with kept_beside(out, sensitivity.model.digest, pick_device(config.device)) as kept:
         found = PLANNERS[planner](sensitivity, budget, config, folder, kept)
+        check_layers(found.layers, sensitivity.model.native_windows, sensitivity.model.context)
         if config.pilots:
             found = _piloted(sensitivity, found, budget, config, folder, pilot, kept)
         plan = _plan(sensitivity, found, budget, config, inputs(sensitivity, asked, folder, pilot))
@@ -268,10 +270,10 @@ def settled(config: Config, planner: PLANNER) -> Config:
         raise PlanError(f"{', '.join(of_load)}: a throughput budget looks at that; set throughput too, or leave it out")
     if config.throughput is None and config.engine != "vllm" and config.block_size is not None:
         raise PlanError("block_size is for engine vllm; set engine=vllm too, or leave it out")
-    unknown = [metric for metric in config.weights if metric not in _MEASURED]
-    if planner == "greedy" and unknown:
+    unknown = [metric for metric in config.weights if metric not in MEASURED]
+    if planner in ("greedy", "gates") and unknown:
         raise PlanError(
-            f"greedy measures {', '.join(_MEASURED)}, not {unknown[0]}; choose other weights, or planner milp"
+            f"{planner} measures {', '.join(MEASURED)}, not {unknown[0]}; choose other weights, or planner milp"
         )
     found: dict[str, Any] = {"planner": planner}
     if not config.has_budget and not cut:
@@ -310,7 +312,7 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
     naive = 1 + sum(map(len, candidates))
     limit = config.measuring.naive_passes * naive
     finalists = min(_FINALISTS, int(limit / _FINAL_SHARE / _MORE_DATA) - 1)
-    if config.max_loss is not None or finalists < 2:
+    if budget.saves or finalists < 2:
         finalists = 0
     kept_back = (finalists + 1) * _MORE_DATA if finalists else 0
     with progress("plan", math.ceil(limit)) as advance:
@@ -318,11 +320,12 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
         start, front = _additive_start(sensitivity, budget, config)
         layers = search.run(start, config.max_loss)
         met = sorted((plan for plan in search.known if budget.met(list(plan))), key=lambda plan: search.known[plan])
-        if finalists and len(met) > 1:
-            data = _data(model, sensitivity, config, folder, times=_MORE_DATA)
+        data = _more_data(model, sensitivity, config, folder) if finalists and len(met) > 1 else {}
+        if data:
             layers = _final(search, met[:finalists], Scorer(model, data, kept=kept))
             # more is known of these than of the others, whose losses may be luck
             met[:finalists] = sorted(met[:finalists], key=lambda plan: search.known[plan])
+        search.check(layers, config.max_loss)
         advance(max(0, math.ceil(limit) - search.told))
     say(
         f"greedy: {len(search.known)} plans measured at the cost of {search.spent:.0f} forwards; trying every mixer in "
@@ -337,10 +340,11 @@ def _greedy(sensitivity: Sensitivity, budget: Budget, config: Config, folder: Pa
 def _final(search: Search, finalists: list[tuple[LayerPlan, ...]], scorer: Scorer) -> tuple[LayerPlan, ...]:
     """The best of the best on more data: a search that measures many plans finds those that its own data flatters."""
     base, *scores = scorer([search.start, *finalists])
-    search.spent += _MORE_DATA * search.price([search.start, *finalists])
+    times = scorer.tokens / search.scorer.tokens
+    search.spent += times * search.price([search.start, *finalists])
     for plan, found in zip(finalists, scores, strict=True):
         more = weighted(damages(base, found), search.weights)
-        search.known[plan] = (search.known[plan] + _MORE_DATA * more) / (1 + _MORE_DATA)
+        search.known[plan] = (search.known[plan] + times * more) / (1 + times)
     return min(finalists, key=lambda plan: search.known[plan])
 
 
@@ -392,18 +396,28 @@ def _model(config: Config, folder: Path | None) -> Hybrid:
 
 
 def _data(
-    model: Hybrid, sensitivity: Sensitivity, config: Config, folder: Path | None, times: int = 0
+    model: Hybrid, sensitivity: Sensitivity, config: Config, folder: Path | None, turn: int = 0
 ) -> dict[str, Sequences]:
-    """Of the train split, to measure whole plans on; or so many times as much of other data."""
+    """Of the train split, to measure whole plans on; another turn gives others."""
     assert folder is not None
     settings = config.measuring
     candidates = [[c.plan for c in own] for own in sensitivity.layers]
     length, distance = measuring_lengths(settings, candidates, sensitivity.model.context)
     return samples(
         open_corpus(config.text), load_tokenizer(folder), model.config.vocab_size, split="train",
-        texts=settings.texts * max(1, times), answers=settings.answers * max(1, times), length=length,
-        distance=distance, seed=config.seed + (_OTHER_SEED if times else 0),
+        texts=settings.texts, answers=settings.answers, length=length, distance=distance, seed=config.seed, turn=turn,
     )  # fmt: skip
+
+
+def _more_data(model: Hybrid, sensitivity: Sensitivity, config: Config, folder: Path | None) -> dict[str, Sequences]:
+    """Several times as much as the search has seen, none of it the same; less where the text ends, or nothing."""
+    parts = []
+    with contextlib.suppress(DataError):
+        for turn in range(1, 1 + _MORE_DATA):
+            parts.append(_data(model, sensitivity, config, folder, turn))
+    if not parts:
+        say("greedy: there is no text that the search has not seen, so the best plans are not measured on more")
+    return {kind: Sequences.concatenate([part[kind] for part in parts]) for kind in parts[0]} if parts else {}
 
 
 def measuring_lengths(settings: Measuring, candidates: list[list[LayerPlan]], context: int) -> tuple[int, int]:
@@ -419,7 +433,7 @@ def _piloted(
     """The plan that does best after a brief healing, among the best few at the budget."""
     assert pilot is not None
     assert folder is not None
-    if config.max_loss is not None and budget.kv_limit is None and budget.throughput is None:
+    if budget.saves:
         say("pilots: max_loss asks for the smallest cache, not for the best plan of a size, so none are healed")
         return found
     best: dict[tuple[str, ...], list[LayerPlan]] = {}

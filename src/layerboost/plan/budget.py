@@ -13,6 +13,7 @@ from layerboost.artifacts import Load, ModelRecord
 from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Workload
 from layerboost.errors import PlanError
+from layerboost.knapsack import default_context
 from layerboost.layer_plan import LayerPlan, full_plan
 from layerboost.vllm import check_servable
 from layerboost.vllm.kv import GPU_BLOCK, KVLayout, good_block_size, grouped, kv_layout, layers_by_window, padded_bytes
@@ -35,7 +36,7 @@ class Budget:
 
     def __init__(self, model: ModelRecord, config: "Config", model_config: Any = None) -> None:
         self.model, self.config = model, config
-        self.context = config.context or min(model.context, 4_096)
+        self.context = config.context or default_context(model.context)
         if self.context > model.context:
             raise PlanError(
                 f"context {self.context} is more than the {model.context} tokens that the model was made for; choose a "
@@ -67,6 +68,11 @@ class Budget:
         if config.kv_bytes is not None:
             limits.append(config.kv_bytes * self.context / max(self.base_bytes, 1))
         return min(limits, default=None)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the smallest cache is asked for, within `max_loss`, and not the least loss."""
+        return self.config.max_loss is not None and self.kv_limit is None and self.throughput is None
 
     def kv_bytes(self, layers: list[LayerPlan]) -> int:
         """Cache of one sequence of `context` tokens: what it holds, or on vLLM with blocks and padded groups."""

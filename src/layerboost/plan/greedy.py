@@ -92,9 +92,9 @@ class Search:
             starts: plans of other planners.
 
         Raises:
-            PlanError: no plan was found that meets the limits.
+            PlanError: no plan was found that meets the limits; of `max_loss` beside others, `check` says.
         """
-        if max_loss is not None and self.budget.kv_limit is None and self.budget.throughput is None:
+        if max_loss is not None and self.budget.saves:
             return self._save(max_loss, starts)
         best = self._search(starts)
         if best is None:
@@ -102,12 +102,15 @@ class Search:
                 f"{self.budget.describe()} cannot be met with the candidates that were measured; ask for less, measure "
                 "narrower windows, or lower at_least"
             )
+        return best
+
+    def check(self, best: Plan, max_loss: float | None) -> None:
+        """Raises PlanError if the best plan loses more than is allowed."""
         if max_loss is not None and self.known[best] > max_loss:
             raise PlanError(
                 f"{self.budget.describe()} cannot be met together: the least measured loss is {self.known[best]:.4f}; "
                 "allow more loss or ask for less"
             )
-        return best
 
     def _save(self, max_loss: float, starts: Sequence[Plan]) -> Plan:
         """Down as far as the measured loss allows, from the first plan that meets the other limits."""

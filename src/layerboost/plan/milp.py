@@ -43,7 +43,7 @@ def plan_milp(
     choices = options(sensitivity, budget.context, weights, losses)
     find = functools.partial(solve, choices, count, at_least=budget.at_least, most_full=budget.most_full)
     front = thinned(hull(choices, count))
-    if budget.kv_limit is None and config.max_loss is not None:
+    if budget.saves:
         chosen = find(minimise="kv", loss=config.max_loss)
         if chosen is None:
             raise PlanError(f"{budget.describe()} cannot be met together; allow more loss")
@@ -198,8 +198,8 @@ def _by_make_up(
     every.sort(key=lambda m: (m.loss, m.kv))
     max_loss = budget.config.max_loss
     front = [m.layers for m in thinned(_envelope(every))]
-    if max_loss is not None and budget.kv_limit is None and budget.throughput is None:
-        met = [m for m in every if m.loss <= max_loss + 1e-9 and budget.met(m.layers)]
+    if budget.saves:
+        met = [m for m in every if m.loss <= (max_loss or 0) + 1e-9 and budget.met(m.layers)]
         if not met:
             raise PlanError(f"{budget.describe()} cannot be met together; allow more loss")
         return min(met, key=lambda m: (m.kv, m.loss)).layers, front

@@ -19,8 +19,8 @@ def _wide_first(sensitivity: Sensitivity, mixer: LayerPlan | None) -> list[Layer
 
 
 def _fits(native: int | None, mixer: LayerPlan) -> LayerPlan:
-    """A layer whose own window is no wider keeps it."""
-    return KEEP if native is not None and mixer.window is not None and mixer.window >= native else mixer
+    """A layer that would see no less keeps its own attention."""
+    return mixer if mixer.narrows(native) else KEEP
 
 
 def plan_uniform(sensitivity: Sensitivity, budget: Budget, mixer: LayerPlan | None) -> list[LayerPlan]:
