@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,19 @@ def test_import_layerboost_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trouble_of_any_process_is_told(tmp_path):
+    """Of all that is said, the first process says it; but what ends one of the others is known to that one alone."""
+    for rank, told in (("0", "error: "), ("1", "rank 1: error: ")):
+        command = [sys.executable, "-m", "layerboost.cli", "inspect", str(tmp_path / "nowhere")]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": rank})
+        assert done.returncode == 3
+        assert done.stderr.startswith(told)
+
+
+@pytest.mark.parametrize("setting", ["seed=99999999999999999999", "data_seed=99999999999999999999", "seed=-1"])
+def test_seeds_are_of_32_bits(setting, tmp_path):
+    done = call("heal", "hybrid", "--teacher", "teacher", "--out", tmp_path / "out", setting)
+    assert done.exit_code == 2
+    assert setting.partition("=")[0] in done.output

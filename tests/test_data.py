@@ -51,34 +51,61 @@ def test_splits_cover_everything_once_and_depend_on_the_name_alone():
 
 def test_the_digest_notices_every_change(tmp_path):
     for name in "abc":
-        (tmp_path / f"{name}.txt").write_text("one two three")
+        (tmp_path / f"{name}.txt").write_text(f"one two three {name}")
     first = open_corpus(tmp_path).digest
     assert open_corpus(tmp_path).digest == first
-    (tmp_path / "a.txt").write_text("one two thre")
+    (tmp_path / "a.txt").write_text("one two thre a")
     assert open_corpus(tmp_path).digest != first
 
 
 def test_users_own_text(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "long.txt").write_text("word " * 20_000)
+    long = " ".join(str(n * n) for n in range(10_000))
+    (tmp_path / "sub" / "long.txt").write_text(long)
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"row {n}"}) for n in range(5)) + "\n")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00\x80")
     corpus = open_corpus(tmp_path)
-    names = [d.name for d in corpus.documents]
-    assert [n for n in names if n.startswith("rows")] == [f"rows.jsonl#{n}" for n in range(5)]
-    assert len([n for n in names if n.startswith("sub/long.txt")]) == 25
+    texts = [d.text for d in corpus.documents]
+    assert texts[:5] == [f"row {n}" for n in range(5)]
+    assert "".join(texts[5:]) == long
+    assert {len(text) for text in texts[5:-1]} == {4_096}
     assert open_corpus(tmp_path / "rows.jsonl").documents[3].text == "row 3"
     assert all(corpus.split(split) for split in SPLITS)
 
 
-def test_rows_that_come_twice_are_one_document(tmp_path):
+def test_texts_that_come_twice_are_one_document(tmp_path):
     rows = [f"row {n % 5}\u2028" for n in range(20)]
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows))
     (tmp_path / "c.txt").write_text("row 1\u2028")
-    documents = open_corpus(tmp_path).documents
-    assert [d.name for d in documents] == [f"a.jsonl#{n}" for n in range(5)] + ["c.txt#0"]
-    assert [d.text for d in documents] == [*rows[:5], rows[1]]
+    (tmp_path / "d").mkdir()
+    for name in ("c.txt", "d/e.txt"):
+        (tmp_path / name).write_text("a licence" if name == "d/e.txt" else "row 1\u2028")
+    assert [d.text for d in open_corpus(tmp_path).documents] == [*rows[:5], "a licence"]
+
+
+def test_a_text_is_in_the_same_split_wherever_it_stands(tmp_path):
+    for folder in ("a", "b/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        for n in range(200):
+            (tmp_path / folder / f"{n if folder == 'a' else 1000 - n}.txt").write_text(f"text {n}")
+    rows = [json.dumps({"text": f"text {n}"}) for n in range(300)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(reversed(rows)))
+    found = [open_corpus(tmp_path / name) for name in (".", "a", "b", "b/c", "rows.jsonl")]
+    for split in SPLITS:
+        whole, *parts = ({d.text for d in corpus.split(split)} for corpus in found)
+        assert all(part <= whole for part in parts)
+        assert all(parts)
+        assert len(whole) < 300
+
+
+def test_halves_of_characters_are_replaced(tmp_path):
+    rows = [json.dumps({"text": f"row {n}, half \ud83d of one, all of \U0001f600"}) for n in range(9)]
+    assert "\\ud83d of one, all of \\ud83d\\ude00" in rows[0]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    corpus = open_corpus(tmp_path)
+    assert corpus.documents[3].text == "row 3, half \ufffd of one, all of \U0001f600"
+    assert len(tokenizer()(corpus.documents[3].text)["input_ids"]) > 20
 
 
 def test_parquet_is_read_like_jsonl(tmp_path):
@@ -87,7 +114,6 @@ def test_parquet_is_read_like_jsonl(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet, jsonl = (open_corpus(tmp_path / f"rows.{kind}").documents for kind in ("parquet", "jsonl"))
     assert [d.text for d in parquet] == [d.text for d in jsonl] == [row["text"] for row in rows]
-    assert parquet[3].name == "rows.parquet#3"
 
 
 def test_parquet_that_cannot_be_used(tmp_path, monkeypatch):
@@ -120,7 +146,7 @@ def test_text_that_cannot_be_used(tmp_path):
 
 def test_files_that_are_no_text_are_left_out_aloud_and_once(tmp_path, capfd):
     for n in range(400):  # that every split gets one is a matter of names
-        (tmp_path / f"{n}.txt").write_text("some text")
+        (tmp_path / f"{n}.txt").write_text(f"some text {n}")
     (tmp_path / "empty.txt").touch()
     open_corpus(tmp_path)
     assert "left out" not in capfd.readouterr().err
@@ -163,7 +189,7 @@ def test_hidden_files_and_marks_of_byte_order_are_no_text(tmp_path):
 
 def test_tiny_text_says_what_is_missing(tmp_path):
     for name in "abcd":
-        (tmp_path / f"{name}.txt").write_text("only a little text")
+        (tmp_path / f"{name}.txt").write_text(f"only a little text {name}")
     with pytest.raises(DataError, match="split holds 0 sequences of 96 tokens"):
         samples(
             open_corpus(tmp_path), tokenizer(), 258, split="train", texts=4, answers=4, length=96, distance=40
@@ -245,7 +271,7 @@ def test_pairs_for_any_tokenizer():
 
 def test_every_split_of_small_text_has_something(tmp_path):
     for count in range(1, 12):
-        (tmp_path / f"{count}.txt").write_text("only a little text")
+        (tmp_path / f"{count}.txt").write_text(f"only a little text {count}")
         if count < 3:
             with pytest.raises(DataError, match="need one each, so give more text"):
                 open_corpus(tmp_path)

@@ -290,6 +290,20 @@ def test_a_full_disk_leaves_the_state_before_intact(tiny, hybrid, tmp_path, monk
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_what_kills_left_unfinished_goes_with_the_next_state(tiny, hybrid, tmp_path, monkeypatch, save_always):
+    for step in (3, 99):
+        (tmp_path / "steps" / f".step-{step:06}.partial").mkdir(parents=True)
+    real, seen = checkpoint.save_step, []
+
+    def saved(folder, *rest):
+        real(folder, *rest)
+        seen.append([path.name for path in folder.glob(".step-*")])
+
+    monkeypatch.setattr("layerboost.heal.training.save_step", saved)
+    heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "out", steps_folder=tmp_path / "steps")
+    assert seen[0] == []
+
+
 def test_memory_that_runs_out_cuts_the_batch(tiny, hybrid, tmp_path, monkeypatch, capsys):
     """More than one sequence at a time does not fit: smaller passes, the same steps."""
     whole = heal.run(hybrid, tiny, SETTINGS, out=tmp_path / "whole")

@@ -158,7 +158,7 @@ def test_sequences_carry_positions():
 def letters(tmp_path):
     """A text of nothing but a, and one of nothing but b."""
     for letter in "ab":
-        (tmp_path / f"{letter}.txt").write_text(letter * 30_000)
+        (tmp_path / f"{letter}.txt").write_text(" ".join(letter * n for n in range(2, 246)))
     return [str(tmp_path / f"{letter}.txt") for letter in "ab"]
 
 
@@ -509,18 +509,35 @@ def test_the_digest_knows_contents_and_settings(tmp_path):
 
 
 def test_a_part_of_the_text_brings_nothing_of_its_other_splits(tmp_path):
-    """Splits go by names, and a folder inside names its documents otherwise."""
-    for part in ("code", "prose"):
+    """Of a small text each split is given something, which in a larger one is in the train split."""
+    for part, count in (("notes", 3), ("prose", 300)):
         (tmp_path / part).mkdir()
-        for n in range(40):
+        for n in range(count):
             (tmp_path / part / f"{n}.txt").write_text(f"{part} {n} " + " ".join(f"{part}{n}w{k}" for k in range(40)))
-    corpus = open_corpus(tmp_path)
-    inner = open_corpus(tmp_path / "code")
+    corpus, outer = open_corpus(tmp_path / "notes"), open_corpus(tmp_path)
     others = {d.text for d in corpus.documents if corpus.splits[d.name] != "train"}
-    assert others & {d.text for d in inner.split("train")}  # or there would be nothing to see
-    sources = [{"kind": "text", "path": str(tmp_path / part)} for part in ("code", "prose")]
-    rows = training_rows(sources, corpus=corpus, rows=300, length=256)
-    written = " ".join(tokenizer().batch_decode(rows.tokens))
-    seen = {d.name for d in corpus.documents if " ".join(d.text.split()[:3]) + " " in written}
-    assert len(seen) > 40
-    assert all(corpus.splits[name] == "train" for name in seen)
+    assert others & {d.text for d in outer.split("train")}  # or there would be nothing to see
+    path = write_rows(tmp_path / "hub" / "rows.jsonl", [{"text": d.text} for d in outer.split("train")])
+    for source in ({"kind": "text", "path": str(tmp_path)}, {"kind": "hub", "path": str(Path(path).parent)}):
+        rows = training_rows([source], corpus=corpus, rows=300, length=256, cache=tmp_path / "cache")
+        written = " ".join(tokenizer().batch_decode(rows.tokens))
+        seen = {d.text for d in outer.documents if " ".join(d.text.split()[:3]) + " " in written}
+        assert len(seen) > 40
+        assert not seen & others
+
+
+def test_rows_repeat_only_where_all_was_had(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{n:05} " * 11 + "abcd"} for n in range(2_000)])
+    for pack in (True, False):
+        rows = training_rows([{"kind": "text", "path": path}], rows=600, pack=pack)
+        assert len({tuple(row) for row in rows.tokens.tolist()}) == 600
+
+
+def test_a_source_without_a_row_is_told(letters, capsys):
+    training_rows([{"kind": "text", "path": letters[0], "weight": 0.01}, {"kind": "probes"}], rows=40)
+    assert "data: kind text, weight 0.01, gets none of 40 rows" in capsys.readouterr().err
+
+
+def test_chats_that_are_not_there_are_called_so(tmp_path):
+    with pytest.raises(DataError, match=r"chats .*nowhere.jsonl must be a .jsonl or .parquet file"):
+        sources_digest([Source(kind="chat", path=str(tmp_path / "nowhere.jsonl"))])

@@ -27,7 +27,7 @@ from layerboost.errors import (
     out_of_memory,
 )
 from layerboost.layer_plan import LayerPlan, short
-from layerboost.progress import SPEAKS, say
+from layerboost.progress import SPEAKS, say, tell
 
 app = typer.Typer(
     help="Make a pretrained LLM faster: keep softmax attention where it matters, window or remove it elsewhere, heal.",
@@ -74,7 +74,7 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
             _part()
         except LayerBoostError as trouble:
-            say(f"error: {trouble}")
+            tell(f"error: {trouble}")
             raise typer.Exit(trouble.exit_code) from None
         except KeyboardInterrupt:
             goes_on = function.__name__ in _RESUMED
@@ -83,13 +83,13 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as trouble:
             if trouble.errno in (None, errno.EPIPE):  # whoever read what is said here has left
                 raise
-            say(f"error: {trouble.filename or 'a file'}: {trouble.strerror}")
+            tell(f"error: {trouble.filename or 'a file'}: {trouble.strerror}")
             raise typer.Exit(EnvironmentTrouble.exit_code) from None
         except (MemoryError, RuntimeError) as trouble:
             if not out_of_memory(trouble):
                 raise
             first = str(trouble).partition("\n")[0][:200]
-            say(f"error: out of memory ({first}); use shorter sequences, a smaller batch or a smaller model")
+            tell(f"error: out of memory ({first}); use shorter sequences, a smaller batch or a smaller model")
             raise typer.Exit(EnvironmentTrouble.exit_code) from None
 
     return wrapped

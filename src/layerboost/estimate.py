@@ -48,9 +48,12 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     parameters, embedding = count_parameters(config)
     layers = config.num_hidden_layers
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
+    windows = analyze.default_windows(config.max_position_embeddings) if analyzed.windows is None else analyzed.windows
+    length, _ = heal.sequences(healing, config.max_position_embeddings, windows)  # if the plan has the widest
+    healing = healing.model_copy(update={"length": length})
     evaluated, benched = recipe.section(evaluate.Config, "evaluate"), recipe.section(bench.Config, "bench")
     forward = 2 * (parameters - embedding + config.vocab_size * config.hidden_size)
-    mixers = 1 + len(analyzed.mixers) + (2 if analyzed.windows is None else len(analyzed.windows))
+    mixers = 1 + len(analyzed.mixers) + len(windows)
     suffixes = (layers + 1) / 2 * mixers + 6  # the cheap estimates take six passes
     looked_at = (analyzed.texts + 3 * analyzed.answers) * analyzed.length
     scored = (evaluated.texts + 3 * evaluated.answers) * evaluated.length
@@ -123,7 +126,7 @@ def healing_memory(
     trained = shape.inside if full else settings.rank * sum(map(sum, shape.sizes))
     copies = 4 + (devices > 1)  # weight, gradient, two moments; and all gradients in a row, to be added up
     stand_ins = trained * width if full and width < _FLOAT32 else 0
-    tokens = settings.length * (settings.micro_batch or -(-settings.batch // devices))
+    tokens = (settings.length or heal.DEFAULT_LENGTH) * (settings.micro_batch or -(-settings.batch // devices))
     vocabulary = config.vocab_size
     return HealingMemory(
         frozen=inside + (shape.parameters - shape.inside) * width,
@@ -165,7 +168,8 @@ def healing_flops(config: PreTrainedConfig, settings: heal.Config) -> float:
     gradients of inputs alone. Layers before the first change, which run once for both, are counted twice."""
     shape = _Shape.of(config)
     work = work_of(config, full_plan(config.num_hidden_layers), torch.bfloat16)
-    layers = work.token_flops + work.pair_flops * config.num_hidden_layers * settings.length / 2
+    pairs = (settings.length or heal.DEFAULT_LENGTH) / 2 * config.num_hidden_layers
+    layers = work.token_flops + work.pair_flops * pairs
     passes = 3 + settings.gradient_checkpointing + (settings.train == "full")
     adapters = 0 if settings.train == "full" else 6 * settings.rank * sum(map(sum, shape.sizes))
     return settings.tokens * (passes * layers + 3 * work.head_flops + adapters)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from layerboost import convert, heal, plan
 from layerboost.artifacts import Plan, text_digest
@@ -54,5 +55,7 @@ class Pilots:
 def brief(healing: heal.Config, config: plan.Config) -> heal.Config:
     """The healing for a pilot's tokens; kept signals are of the whole healing's sequences."""
     tokens = min(config.pilot_tokens, healing.tokens)
-    own = {"tokens": tokens, "length": min(healing.length, tokens), "signals": None, "signals_from": None}
+    own: dict[str, Any] = {"tokens": tokens, "signals": None, "signals_from": None}
+    if tokens < (healing.length or heal.DEFAULT_LENGTH):
+        own["length"] = tokens
     return healing.model_copy(update=own)

@@ -26,6 +26,13 @@ def say(line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
+def tell(line: str) -> None:
+    """The same from any process: a trouble of one of several is none of the first's."""
+    Console(stderr=True, highlight=False).print(
+        line if SPEAKS else f"rank {os.environ['RANK']}: {line}", markup=False, soft_wrap=True
+    )
+
+
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Yields `advance(steps=1, note="")`.

@@ -315,7 +315,7 @@ class Bout:
 
     @property
     def _pilot_tokens(self) -> int:
-        return max(self.job.heal.length, self.job.heal.tokens // _PILOT_SHARE)
+        return max(self.job.heal.length or heal.DEFAULT_LENGTH, self.job.heal.tokens // _PILOT_SHARE)
 
     def _cost(self, told: dict[str, Any], found: Plan, allowed: Sensitivity) -> float:
         """Forward passes over the analysed data that the choice took."""

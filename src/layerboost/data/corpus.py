@@ -19,6 +19,11 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 
 @dataclass(frozen=True)
 class Document:
+    """Attributes:
+    name: what decides its split: of the built-in corpus its file's, of a user's text the digest of the text, which is
+        then in the same split wherever it stands.
+    """
+
     name: str
     text: str
 
@@ -96,7 +101,7 @@ def open_corpus(source: Path | None) -> Corpus:
     Args:
         source: a UTF-8 text file, a `.jsonl` file of objects with a `text` key, a `.parquet` file with a `text` column,
             or a folder of such files, of which hidden ones are left out. Long text files are cut into pieces of 4,096
-            characters, so that every split gets some; a row is a document, and counts once however often it comes.
+            characters, so that every split gets some; a row is a document. A text counts once, however often it comes.
 
     Raises:
         DataError: nothing there, nothing that can be read, or too little for every split.
@@ -111,9 +116,7 @@ def open_corpus(source: Path | None) -> Corpus:
         found = _pieces(root, path)
         if not found and path.stat().st_size:
             left_out.append(path.relative_to(root).as_posix())
-        for piece in found:
-            # a row that came twice could stand in two splits
-            pieces.setdefault(piece.text if path.suffix in _ROWS else piece.name, piece)
+        pieces |= {piece.name: piece for piece in found}
     if not pieces:
         raise DataError(f"text {source} holds no UTF-8 text; name a file or a folder of UTF-8 text")
     if left_out:
@@ -121,7 +124,7 @@ def open_corpus(source: Path | None) -> Corpus:
     corpus = Corpus(source.name, tuple(pieces.values()))
     if len(set(corpus.splits.values())) < len(get_args(Split)):
         raise DataError(
-            f"text {source} holds {len(pieces)} pieces; train, validation and held-out split need one each, "
+            f"text {source} holds {len(pieces)} different pieces; train, validation and held-out split need one each, "
             "so give more text"
         )
     return corpus
@@ -163,7 +166,7 @@ def _pieces(root: Path, path: Path) -> list[Document]:
             for document in read_documents(root, [path])
             for at in range(0, len(document.text), _PIECE)
         ]
-    return [Document(f"{name}#{n}", text) for n, text in enumerate(texts)]
+    return [Document(hashlib.sha256(text.encode()).hexdigest(), text) for text in texts]
 
 
 def read_rows(path: Path, column: str, name: str | None = None) -> list[tuple[str, Any]]:
@@ -220,4 +223,9 @@ def _text_of(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise DataError(f"{where}: must be a JSON object with a string under the key text")
-    return text
+    return well_formed(text)
+
+
+def well_formed(text: str) -> str:
+    """With what JSON may hold and UTF-8 may not, halves of characters, replaced: tokenizers refuse them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

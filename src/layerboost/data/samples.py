@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ _SEEDS = {"train": 11, "validation": 12, "held_out": 13}
 TURN = 2**20  # seeds between two helpings of probes; distances, which analyze adds to its own, are shorter
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class DataConfig(Record):
     """Settings of every verb that looks at data.
 
@@ -40,7 +43,7 @@ class DataConfig(Record):
     """
 
     text: Path | None = None
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
@@ -176,8 +179,8 @@ def training_rows(
             case "chat":
                 return chat_rows(source, tokenizer, wanted)
             case "hub":
-                return hub_rows(source, tokenizer, wanted, cache or cache_folder())
-        own = _without_other_splits(open_corpus(Path(source.path)), corpus) if source.path else corpus
+                return hub_rows(source, tokenizer, wanted, cache or cache_folder(), _other_splits(corpus))
+        own = _without(open_corpus(Path(source.path)), _other_splits(corpus)) if source.path else corpus
         if source.kind == "text":
             return text_rows(own.split("train"), f"text {own.name}: its train split", tokenizer, wanted)
         if generate is None:
@@ -187,18 +190,22 @@ def training_rows(
     begin = beginning(tokenizer)
     parts, counts = [], _counts(sources, rows)
     for source, count in zip(sources, counts, strict=True):
-        if count:
+        if not count:
+            say(f"data: kind {source.kind}, weight {source.weight:g}, gets none of {rows} rows")
+        else:
             parts.append(draw(source, Wanted(count, length, pack, seed, begin)))
             check_vocabulary(parts[-1].tokens, vocabulary)
     together = Sequences.concatenate(parts)
     return together[torch.from_numpy(evenly(counts, seed))]
 
 
-def _without_other_splits(own: Corpus, corpus: Corpus) -> Corpus:
-    """A source's text without what validation and evaluation are made of: a folder in the recipe's text names its
-    documents otherwise, and splits go by names."""
-    others = {document.text for document in corpus.documents if corpus.splits[document.name] != "train"}
-    return replace(own, documents=tuple(document for document in own.documents if document.text not in others))
+def _other_splits(corpus: Corpus) -> frozenset[str]:
+    """Texts that validation and evaluation are made of, which no source may bring back."""
+    return frozenset(document.text for document in corpus.documents if corpus.splits[document.name] != "train")
+
+
+def _without(own: Corpus, texts: frozenset[str]) -> Corpus:
+    return replace(own, documents=tuple(document for document in own.documents if document.text not in texts))
 
 
 def evenly(counts: Sequence[int], seed: int) -> np.ndarray:

@@ -144,8 +144,8 @@ class Wanted:
         return self.rows * self.length
 
 
-def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
-    """Exactly the rows that are wanted, of documents in turn, and again in another order when there are too few.
+def fill_rows(pieces: Iterable[Piece], name: str, wanted: Wanted) -> Sequences:
+    """Exactly the rows that are wanted, of as many documents as that takes; all again in another order if too few.
 
     Args:
         name: what the documents are called in errors.
@@ -153,16 +153,21 @@ def fill_rows(pieces: Sequence[Piece], name: str, wanted: Wanted) -> Sequences:
     Raises:
         DataError: the documents make no row in which something is scored.
     """
-    pieces = [piece for piece in pieces if len(piece[0])]
+    source = (piece for piece in pieces if len(piece[0]))
     lay_out = _packed if wanted.pack else _padded
     shuffle = np.random.default_rng(wanted.seed)
-    first = lay_out(pieces, wanted)
+    taken = up_to(wanted.tokens, source)
+    first = lay_out(taken, wanted)
+    # not every token makes a row: ends of documents are dropped, and rows in which nothing is scored
+    while len(first) < wanted.rows and (more := up_to((wanted.rows - len(first)) * wanted.length, source)):
+        taken += more
+        first = lay_out(taken, wanted)
     if not len(first):
         raise DataError(f"{name} holds less than one sequence of {wanted.length} tokens to learn from; give more text")
     parts = [first[: wanted.rows]]
     missing = wanted.rows - len(parts[0])
     while missing:
-        part = lay_out([pieces[i] for i in shuffle.permutation(len(pieces))], wanted)
+        part = lay_out([taken[i] for i in shuffle.permutation(len(taken))], wanted)
         # of a few short documents, another order may make no row
         parts.append((part if len(part) else first)[:missing])
         missing -= len(parts[-1])

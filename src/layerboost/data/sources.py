@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from layerboost.artifacts import Record, file_digest, intact, publish_folder, text_digest, write_text
-from layerboost.data.corpus import Corpus, Document, files_of, first_line, read_rows
-from layerboost.data.sequences import Piece, Sequences, Wanted, fill_rows, tokenised, up_to
+from layerboost.data.corpus import Corpus, Document, files_of, first_line, read_rows, well_formed
+from layerboost.data.sequences import Piece, Sequences, Wanted, fill_rows, tokenised
 from layerboost.errors import DataError, EnvironmentTrouble
 from layerboost.progress import progress
 
@@ -81,8 +81,15 @@ def _identity(source: Source) -> dict[str, Any]:
     settings = source.model_dump(exclude={"weight"})
     if source.path is None or (source.kind == "hub" and not Path(source.path).exists()):
         return settings
+    if source.kind == "chat":
+        _check_chats(Path(source.path))
     root, files = files_of(Path(source.path))
     return settings | {"path": {path.relative_to(root).as_posix(): file_digest(path) for path in files}}
+
+
+def _check_chats(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"chats {path} must be a .jsonl or .parquet file, and it is not there; name another path")
 
 
 def cache_folder() -> Path:
@@ -99,15 +106,18 @@ def text_rows(documents: Sequence[Document], name: str, tokenizer: Any, wanted: 
     Raises:
         DataError: they hold less than one row.
     """
-    return fill_rows(up_to(wanted.tokens, _pieces(documents, tokenizer, wanted)), name, wanted)
+    return fill_rows(_pieces(documents, tokenizer, wanted), name, wanted)
 
 
 def _pieces(documents: Sequence[Document], tokenizer: Any, wanted: Wanted) -> Iterator[Piece]:
     return tokenised(documents, tokenizer, piece=4 * wanted.length, seed=wanted.seed)
 
 
-def hub_rows(source: Source, tokenizer: Any, wanted: Wanted, cache: Path) -> Sequences:
+def hub_rows(source: Source, tokenizer: Any, wanted: Wanted, cache: Path, without: Set[str]) -> Sequences:
     """Rows of a data set's first texts, as many as hold the tokens; these are read once, and then kept in the cache.
+
+    Args:
+        without: texts that are left out.
 
     Raises:
         DataError: there is no such data set, subset, split or column, the hub cannot be reached, or it is too little.
@@ -123,7 +133,7 @@ def hub_rows(source: Source, tokenizer: Any, wanted: Wanted, cache: Path) -> Seq
             held += sum(len(ids) for ids, _ in _pieces(read, tokenizer, wanted))
             documents += read
         write_text(kept, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
-    documents = [Document(where, row["text"]) for where, row in read_rows(kept, "text")]
+    documents = [Document(where, row["text"]) for where, row in read_rows(kept, "text") if row["text"] not in without]
     return text_rows(documents, f"data set {source.path}", tokenizer, wanted)
 
 
@@ -150,7 +160,7 @@ def _column_of(row: dict[str, Any], source: Source) -> str:
             f"data set {source.path} has no text in column {source.column}; name another of its columns: "
             f"{', '.join(row)}"
         )
-    return text
+    return well_formed(text)
 
 
 def chat_rows(source: Source, tokenizer: Any, wanted: Wanted) -> Sequences:
@@ -162,14 +172,13 @@ def chat_rows(source: Source, tokenizer: Any, wanted: Wanted) -> Sequences:
         DataError: the file cannot be read, a row is no conversation, the tokenizer's chat template does not fit, or
             there is less than one row.
     """
-    return fill_rows(up_to(wanted.tokens, _answers(source, tokenizer, wanted)), f"chats {source.path}", wanted)
+    return fill_rows(_answers(source, tokenizer, wanted), f"chats {source.path}", wanted)
 
 
 def _answers(source: Source, tokenizer: Any, wanted: Wanted) -> Iterator[Piece]:
     """Conversations in random order, cut to a row's length, with something scored in each."""
     path, length = Path(str(source.path)), wanted.length
-    if not path.is_file():
-        raise DataError(f"chats {path} must be a .jsonl or .parquet file, and it is not there; name another path")
+    _check_chats(path)
     rows = read_rows(path, "messages")
     masked = _masked_by_template if _GENERATION.search(_template(tokenizer)) else _masked_by_prefix
     for i in np.random.default_rng(wanted.seed).permutation(len(rows)).tolist():
@@ -199,7 +208,7 @@ def _messages_of(where: str, row: Any) -> list[dict[str, Any]]:
     )
     if not messages or not texts:
         raise DataError(f"{where}: must be a JSON object with messages, a list of objects with role and content")
-    return list(messages)
+    return [message | {"content": well_formed(message["content"])} for message in messages]
 
 
 def _rendered(chat: _Chat, end: int | None, tokenizer: Any, **settings: Any) -> Any:

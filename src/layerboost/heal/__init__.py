@@ -1,6 +1,7 @@
 """heal: distil the original model into the hybrid, in the memory of one model."""
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,15 @@ from layerboost.artifacts import (
     to_json,
 )
 from layerboost.data.corpus import open_corpus
-from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length, training_rows
+from layerboost.data.samples import (
+    DataConfig,
+    Seed,
+    data_inputs,
+    probe_lengths,
+    samples,
+    sequence_length,
+    training_rows,
+)
 from layerboost.data.sources import Source, cache_folder, sources_digest
 from layerboost.errors import CheckpointError, DataError, UsageError
 from layerboost.heal.checkpoint import clear_steps
@@ -50,6 +59,7 @@ from layerboost.passes import gather, ranks
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
 
+DEFAULT_LENGTH = 512
 _BLOCK = 8  # rows that stay together in another order, so that sources stay evenly mixed
 _FROM_SIGNALS = {"forward_kl", "cross_entropy"}
 # places, what has a digest of its own, and what a healing that was stopped may go on with otherwise
@@ -64,7 +74,8 @@ class Config(DataConfig):
 
     Attributes:
         tokens: training tokens in all; `200k` and `10M` are understood.
-        length: tokens per training sequence, at most the model's context.
+        length: tokens per training sequence, at most the model's context. None is 512, or twice the plan's widest
+            window where that is more: what a window hides is learned from longer sequences.
         batch: sequences per step.
         micro_batch: sequences per pass; None is as many as memory takes, beginning with all of a step.
         losses: weight of every loss that counts.
@@ -93,7 +104,7 @@ class Config(DataConfig):
     """
 
     tokens: Tokens = 1_000_000
-    length: int = Field(512, ge=64)
+    length: int | None = Field(None, ge=64)
     batch: int = Field(4, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     losses: dict[LossName, Annotated[float, Field(ge=0)]] = Field({"forward_kl": 1.0, "hidden": 20.0})
@@ -110,7 +121,7 @@ class Config(DataConfig):
     transfer_share: float = Field(0.2, ge=0, lt=1)
     probe_share: float = Field(0.4, ge=0, le=1)
     data: list[Source] | None = Field(None, min_length=1)
-    data_seed: int | None = Field(None, ge=0)
+    data_seed: Seed | None = None
     texts: int = Field(16, ge=2)
     answers: int = Field(32, ge=2)
     patience: int = Field(0, ge=0)
@@ -164,19 +175,22 @@ def check(config: Config, model: PreTrainedConfig) -> None:
         DataError: a length beyond the context, or too few tokens for one sequence.
         UsageError: a target or top_k that the model does not have.
     """
-    sequences(config, model.max_position_embeddings)
+    sequences(config, model.max_position_embeddings, [])
     check_modules(model, config.targets)
     if config.signals is not None and config.top_k > model.vocab_size:
         raise UsageError(f"top_k {config.top_k} is more than the vocabulary of {model.vocab_size}")
 
 
-def sequences(config: Config, context: int) -> tuple[int, int]:
-    """Tokens of a sequence, and how many sequences, for a model's context.
+def sequences(config: Config, context: int, windows: Sequence[int]) -> tuple[int, int]:
+    """Tokens of a sequence, and how many sequences, for a model's context and a plan's windows.
 
     Raises:
         DataError: a length beyond the context, or too few tokens for one sequence.
     """
-    length = sequence_length(config, context)
+    if config.length is None:
+        length = min(max(DEFAULT_LENGTH, min(2 * max(windows, default=0), config.tokens)), context)
+    else:
+        length = sequence_length(config, context)
     if config.tokens < length:
         raise DataError(f"{config.tokens} tokens are less than one sequence of {length}; give more tokens")
     return length, config.tokens // length
@@ -242,6 +256,7 @@ def run(
             provenance=provenance(
                 config,
                 learning_rate=config.learning_rate or default_learning_rate(base_config.hidden_size, config.train),
+                length=rows.rows.tokens.shape[1],
                 processes=ranks()[1],
             ),
         )
@@ -310,7 +325,15 @@ def check_same_weights(
 def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teacher: str) -> tuple[Rows, Validation]:
     model, tokenizer = healer.model, load_tokenizer(folder)
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
-    length, count = sequences(config, context)
+    windows = [plan.window for plan in healer.layers if plan.window is not None]
+    length, count = sequences(config, context, windows)
+    if config.length is None and length > DEFAULT_LENGTH:
+        say(f"training sequences are {length} tokens long, so that there is something for the windows to hide")
+    if max(windows, default=0) >= length:
+        say(
+            f"a window of {max(windows)} hides nothing of sequences of {length} tokens, so its layers learn nothing of "
+            f"it; choose a length of at least {2 * max(windows)}"
+        )
     corpus = open_corpus(config.text)
     seed = config.seed if config.data_seed is None else config.data_seed
     packed = all(plan.mixer != "linear_attention" for plan in healer.layers)  # whose state is of one sequence per row
@@ -330,7 +353,6 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
     kept = None
     if config.signals is not None:
         kept = signals(config.signals, healer, rows, config.top_k, teacher, config.signals_from)
-    windows = [plan.window for plan in healer.layers if plan.window is not None]
     probe_length, distance = probe_lengths(min(256, length), None, windows, context)
     validation = samples(
         corpus, tokenizer, vocabulary, split="validation", texts=config.texts, answers=config.answers,

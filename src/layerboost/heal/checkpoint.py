@@ -53,6 +53,8 @@ def save_step(
         _write(best, partial / "best.safetensors")
         _write(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    for unfinished in folder.glob(".step-*"):  # by a kill; nobody else writes here
+        shutil.rmtree(unfinished, ignore_errors=True)
     own = [path for _, path in steps(folder) if _inputs_of(path) == inputs]
     for _, path in steps(folder):
         if path not in own[-_KEPT:]:

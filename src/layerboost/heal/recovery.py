@@ -114,16 +114,15 @@ class Recovery:
         """Take a look in; whether its weights are to be kept. Says so when validation gets worse while training gets
         better: the model learns its data by heart."""
         self.losses = []
-        point, last = look.point, self.curve[-1] if self.curve else None
+        point = look.point
         self.curve.append(point)
         if self.nearest is None or not look.worse_than(self.nearest):
             self.kept = point.step
             if self.nearest is None or point.distance < self.nearest.point.distance:
                 self.nearest = look
             return True
-        if last is None or last.loss is None or point.loss is None or last.step < self.since:
-            return False
-        if point.loss < last.loss:
+        earlier = [p.loss for p in self.curve[:-1] if p.loss is not None and p.step >= self.since]
+        if earlier and point.loss is not None and point.loss < min(earlier):
             best = self.nearest.point
             self.alarms.append(
                 f"overfitting: at {point.tokens:,} tokens the validation distance is {point.distance:.3f}, it was "

@@ -24,7 +24,7 @@ from layerboost.heal.recovery import Recovery, Validation, looks
 from layerboost.heal.signals import NO_SIGNAL
 from layerboost.heal.student import Counts, Healer
 from layerboost.passes import gather, ranks
-from layerboost.progress import progress, say
+from layerboost.progress import progress, say, tell
 
 if TYPE_CHECKING:
     from layerboost.heal.signals import Signal, Signals
@@ -231,7 +231,7 @@ class _Run:
         self.limit = -(-self.micro_batch // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(
+        tell(
             f"out of memory: {self.micro_batch} sequences at a time from now on, {self.config.batch} per step as before"
         )
 
