@@ -31,7 +31,7 @@ MIXERS = {
 
 def measure(name: str, entry: dict, transfer: float, args: argparse.Namespace) -> Evaluation:
     plain = "".join(c for c in name if c.isalnum() or c == " ").replace(" ", "-")
-    folder = args.out / f"{plain}-{transfer:g}-{args.seed}"
+    folder = args.out / f"{plain}-{transfer:g}-{args.tokens}-{args.seed}"
     layers = [KEEP if i in KEPT else LayerPlan(**entry) for i in range(8)]
     if recorded_inputs(folder / "evaluation.json") is None:
         convert.run("reference", Plan(layers=layers), out=folder / "hybrid")

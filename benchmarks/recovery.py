@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from layerboost import convert, evaluate, heal
 from layerboost.artifacts import Plan, load, text_digest, write_text
-from layerboost.model.loading import find_model
+from layerboost.model.loading import digest, find_model
 from layerboost.progress import say
 
 KL = {"forward_kl": 1.0}
@@ -77,7 +77,7 @@ def settings(words: list[str]) -> dict:
 
 def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: int, args) -> dict:
     """One healing, judged; from its file if that is there, under whatever name it was made."""
-    changes = {"tokens": args.tokens, "length": 256, "seed": seed} | settings(args.heal) | changes
+    changes = {"tokens": args.tokens, "length": 256, "seed": seed} | changes
     usual = 0.125 if changes.get("train") == "full" else 0.5
     width = json.loads((find_model(model) / "config.json").read_text())["hidden_size"]
     changes["learning_rate"] = changes.pop("rate", usual) / width
@@ -86,7 +86,12 @@ def variant(model: Path, plan: Path, out: Path, name: str, changes: dict, seed: 
     if sinks:
         layers = [dataclasses.replace(layer, sink=True) if layer.window else layer for layer in layers]
     config = heal.Config(**changes)
-    made_from = [config.model_dump(mode="json"), [layer.entry() for layer in layers], args.answers]
+    made_from = [
+        digest(find_model(model)),
+        config.model_dump(mode="json"),
+        [layer.entry() for layer in layers],
+        args.answers,
+    ]
     if args.bfloat16:
         made_from.append("bfloat16")
     kept = out / f"{text_digest(made_from)[:16]}.json"
@@ -170,6 +175,8 @@ def main() -> None:
         "--bfloat16", action="store_true", help="multiply matrices in bfloat16 on a CPU that has units for it; faster"
     )
     args = parser.parse_args()
+    if "learning_rate" in settings(args.heal):
+        parser.error("--heal: say rate, which is over the hidden size, and not learning_rate")
     if args.bfloat16:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -178,8 +185,8 @@ def main() -> None:
         results: dict[str, list[dict]] = {}
         for seed in args.seeds:
             for name, changes in GROUPS[group].items():
-                if group != "tokens":  # so short a healing spends most of its time on looks
-                    changes = {"texts": 8, "answers": 8} | changes
+                usual = {} if group == "tokens" else {"texts": 8, "answers": 8}  # looks take most of so short a healing
+                changes = usual | settings(args.heal) | changes
                 if args.only and name not in args.only:
                     continue
                 found = variant(args.model, args.plan, args.out, f"{group} {name}", changes, seed, args)

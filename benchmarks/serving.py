@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerboost.artifacts import Bench, load
+from layerboost.artifacts import Bench, load, text_digest
 from layerboost.bench import Config, Serving, run_shape
 from layerboost.model.shapes import Shape
 from layerboost.predict import calibrate_on, summary
@@ -65,9 +65,10 @@ def grid(out: Path, repeats: int) -> None:
 def own(out: Path, repeats: int, plan: Path) -> None:
     """The layers of a plan file; at the lengths and caches of the claim that load the cache most."""
     shape = SHAPE.model_copy(update={"plan": str(plan)})
+    name = text_digest([layer.entry() for layer in shape.layer_plan(shape.layers or 0)])[:8]
     for prompt, output in LENGTHS[1:]:
         serving = Serving(prompt_tokens=prompt, output_tokens=output, concurrency=[200], kv=["limited"])
-        measure(out / f"own-{prompt}+{output}.json", shape, serving, repeats)
+        measure(out / f"own-{name}-{prompt}+{output}.json", shape, serving, repeats)
 
 
 def decode(out: Path, repeats: int) -> None:
@@ -95,7 +96,7 @@ def measure(path: Path, shape: Shape, serving: Serving, repeats: int) -> Bench:
     if not path.exists():  # goes on where it was stopped
         run_shape(shape, Config(engine="vllm", repeats=repeats, serving=serving), out=path)
     bench = load(Bench, path)
-    plan = f"{shape.plan}, window {shape.window}"
+    plan = shape.plan if Path(shape.plan).is_file() else f"{shape.plan}, window {shape.window or 64}"
     for cell in bench.serving:
         base, hybrid = (cell.tokens_per_second(name) for name in ("base", "healed"))
         running = " to ".join(f"{cell.median(name, 'running'):.0f}" for name in ("base", "healed"))

@@ -24,7 +24,7 @@ from layerboost.data.corpus import standard_library
 from layerboost.data.samples import samples
 from layerboost.errors import PlanError
 from layerboost.layer_plan import KEEP, LayerPlan
-from layerboost.model.loading import find_model, load_original, load_tokenizer
+from layerboost.model.loading import digest, find_model, load_original, load_tokenizer
 from layerboost.passes import Scorer
 from layerboost.progress import progress, say
 
@@ -94,14 +94,15 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=50, help="best plans of a budget that other data judges again")
     parser.add_argument("--planners", nargs="+", default=PLANNERS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     folder = find_model(args.model)
-    path = args.out / "sensitivity.json"
+    made = args.out / f"{digest(folder)[:8]}-{args.window}-{args.count}"  # of other settings, others
+    made.mkdir(parents=True, exist_ok=True)
+    path = made / "sensitivity.json"
     if not path.exists():
         analyze.run(args.model, analyze.Config(windows=[args.window], texts=args.count, answers=args.count), out=path)
     sensitivity = load(Sensitivity, path)
     every = every_name(sensitivity.model.num_layers)
-    table = kept(args.out / "train.json", lambda: measure(folder, args.window, "train", args.count, every))
+    table = kept(made / "train.json", lambda: measure(folder, args.window, "train", args.count, every))
     found = []
     for budget, told, letters, met in budgets(sensitivity, args.window, 256):
         order = sorted(met, key=lambda name: weighted(table[name]))
