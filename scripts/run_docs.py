@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "analyze",
     "plan",
+    "stability",
     "convert",
     "heal",
     "evaluate",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import layerboost
 from layerboost import __version__
 from layerboost.cli import app
 from layerboost.errors import EnvironmentTrouble
@@ -172,7 +173,7 @@ def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
         ),
         (3, "vocab_size", ["evaluate", root / "healed", "--against", stranger, "--out", out]),
         (3, "not a hybrid; convert it first", ["bench", tiny, "--against", tiny, "--out", out]),
-        (3, "is not a folder", ["inspect", tmp_path / "plan.json"]),
+        (3, "is a file; name the folder", ["inspect", tmp_path / "plan.json"]),
         (4, "layer 0: mixer", ["convert", tiny, tmp_path / "plan.json", "--out", out]),
         (4, "cannot be met", ["plan", root / "sensitivity.json", "--out", out, "at_least.full_attention=4"]),
         (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--planner", "greedy"]),
@@ -297,3 +298,11 @@ def test_seeds_are_of_32_bits(setting, tmp_path):
     done = call("heal", "hybrid", "--teacher", "teacher", "--out", tmp_path / "out", setting)
     assert done.exit_code == 2
     assert setting.partition("=")[0] in done.output
+
+
+def test_the_package_has_every_verb():
+    """What takes no `run` of its own: these write others' artifacts, or several at once."""
+    without = {"calibrate", "demo", "families", "run"}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names - without <= set(layerboost.__all__)
+    assert all(callable(getattr(layerboost, name).run) for name in names - without)

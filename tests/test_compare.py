@@ -248,6 +248,8 @@ def test_the_table_counts_verdicts():
         ("{models: [m], analyze: {seed: 3}}", "analyze.seed is told by seeds; leave it out"),
         ("{models: [m], heal: {seed: 3}}", "heal.seed is told by seeds"),
         ("{models: [m], plan: {length: 64}}", "plan.length is told by length"),
+        ("[models]", "must hold keys and values, found list"),
+        ("{models: [m], seeds: [-1]}", "seeds.0"),
     ],
 )
 def test_wrong_jobs(tmp_path, text, message):
@@ -261,6 +263,11 @@ def test_a_job_from_a_file(tmp_path, tiny):
     path = tmp_path / "job.yaml"
     path.write_text(json.dumps({"models": [str(tiny)], "heal": {"tokens": "50k"}}))
     assert compare.load_job(path).heal.tokens == 50_000
+    for healing in ({}, {"heal": {}}, {"heal": {"length": 256}}):
+        path.write_text(json.dumps({"models": [str(tiny)], **healing}))
+        assert compare.load_job(path).heal.tokens == 100_000
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        compare.run(compare.load_job(path), out=path)
 
 
 def test_a_missing_second_model_is_told_before_the_first_is_measured(tiny, tmp_path, monkeypatch):

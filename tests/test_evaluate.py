@@ -105,6 +105,20 @@ def test_shared_weights_change_no_number(checkpoints, family):
     assert evaluate._greedy(base, tokens[:1], 6) == evaluate._greedy(stock, tokens[:1], 6)
 
 
+@pytest.mark.parametrize("asked", [{"repetition_penalty": 1.3}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
+@torch.no_grad()
+def test_completions_are_greedy_whatever_the_checkpoint_asks_for(folders, asked):
+    model = load_model(folders["base"])
+    for key, value in asked.items():
+        setattr(model.generation_config, key, value)
+    tokens = some_tokens(1, 9)
+    wanted = tokens
+    for _ in range(8):
+        wanted = torch.cat([wanted, model(wanted).logits[:, -1:].argmax(-1)], 1)
+    assert evaluate._greedy(model, tokens, 8) == wanted[0, 9:].tolist()
+    assert getattr(model.generation_config, next(iter(asked))) == next(iter(asked.values()))
+
+
 def test_two_models_are_loaded(folders, monkeypatch):
     loaded = []
     for name in ("load_model", "load_original"):

@@ -134,10 +134,19 @@ NATIVE = {  # plan to the stock model that expresses it, by family
     ("gemma2", "all"): "gemma2", ("phi3", "all"): "phi3", ("starcoder2", "all"): "starcoder2",
     ("smollm3", "all"): "smollm3", ("qwen3_moe", "all"): "qwen3_moe", ("mixtral", "all"): "mixtral",
     ("qwen2", "some"): "qwen2", ("qwen3", "some"): "qwen3", ("smollm3", "some"): "smollm3",
+    ("llama", "some"): "ministral", ("mistral", "some"): "ministral", ("olmo2", "all"): "olmo3",
+    ("olmo2", "some"): "olmo3",
 }  # fmt: skip
 
 
-QUICK = (("llama", "all"), ("gemma2", "all"), ("qwen3", "some"), ("mixtral", "all"))
+QUICK = (
+    ("llama", "all"),
+    ("llama", "some"),
+    ("olmo2", "some"),
+    ("gemma2", "all"),
+    ("qwen3", "some"),
+    ("mixtral", "all"),
+)
 
 
 @pytest.mark.parametrize("row", some_slow(NATIVE, QUICK), ids=str)

@@ -291,6 +291,19 @@ def test_static_cache(checkpoints, family, name):
     assert torch.equal(hybrid.generate(tokens[:, :3], past_key_values=cache, **greedy), short)
 
 
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_another_batch(tiny):
+    hybrid = load_original(tiny)
+    with hybrid.mixed({0: linear("lolcats", 5), 1: NONE, 2: linear("gla"), 3: window(5)}):
+        cache = DynamicCache(config=hybrid.config)
+        hybrid(some_tokens(2, 20), past_key_values=cache)
+        cache.reset()
+        tokens = some_tokens(3, 11)
+        wanted = hybrid(tokens, use_cache=False).logits
+        found = [hybrid(part, past_key_values=cache).logits for part in tokens.split([7, 4], 1)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mixed", "window all", "sinks", "lolcats all", "gla"])
 @torch.no_grad()
 def test_a_mask_as_long_as_a_static_cache(tiny, name):

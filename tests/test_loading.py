@@ -4,22 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerboost import convert
+from layerboost import convert, export, verify
 from layerboost.artifacts import KVShape, Plan
-from layerboost.errors import CheckpointError, EnvironmentTrouble, PlanError
+from layerboost.errors import CheckpointError, EnvironmentTrouble, PlanError, UsageError
 from layerboost.model.loading import (
     describe,
     digest,
     find_model,
+    load_model,
     load_original,
     load_tokenizer,
     pick_device,
     read_config,
+    tokenizer_digest,
 )
 from tests.tiny import FULL, NONE, make_checkpoint, some_tokens, window
 
@@ -77,7 +80,6 @@ def test_models_that_are_not_there(tmp_path):
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "is not a valid qwen3 configuration"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "is not a valid qwen3 configuration"),
         ({"pad_token_id": 9_999}, "is not a valid qwen3 configuration"),
-        ({"attn_implementation": "flash_attention_2"}, "cannot be loaded|is not a valid"),
         ({"vocab_size": 300}, "another shape.*embed_tokens"),
     ],
 )
@@ -245,7 +247,57 @@ def test_a_hybrid_is_not_converted_again(tiny, tmp_path):
 
 
 def test_a_model_without_any_attention_left_converts(tiny, tmp_path):
-    convert.run(tiny, Plan(layers=[NONE] * 4), out=tmp_path / "none")
+    model = load_model(convert.run(tiny, Plan(layers=[NONE] * 4), out=tmp_path / "none"))
+    tokens = some_tokens(1, 9)
+    other = tokens.flip(1)
+    other[0, -1] = tokens[0, -1]
+    assert torch.equal(model(tokens).logits[0, -1], model(other).logits[0, -1])  # a token sees nothing but itself
+
+
+def test_a_model_is_not_replaced_by_its_own_hybrid(tiny, tmp_path):
+    windows = convert.run(tiny, Plan(layers=[window(8)] * 4), out=tmp_path / "hybrid")
+    native = export.run(windows, "native", out=tmp_path / "native")
+    before = (native / "config.json").read_bytes()
+    for out in (native, native / "inside"):
+        with pytest.raises(UsageError, match="is the model itself, or inside it"):
+            convert.run(native, Plan(layers=[NONE] * 4), out=out)
+    assert (native / "config.json").read_bytes() == before
+
+
+def test_chat_templates_with_names_go_along(tiny, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    named = Path("additional_chat_templates/tool_use.jinja")
+    assert (folder / named).exists()
+    hybrid = convert.run(folder, Plan(layers=[window(8)] * 4), out=tmp_path / "hybrid")
+    for form in ("portable", "native"):
+        made = export.run(hybrid, form, out=tmp_path / form)
+        assert load_tokenizer(made).chat_template == tokenizer.chat_template
+        assert all(check.holds for check in verify.run(made, hybrid))
+        (made / named).write_text("other")
+        assert [check.name for check in verify.run(made, hybrid) if not check.holds][:1] == ["tokenizer, byte for byte"]
+    assert tokenizer_digest(hybrid) == tokenizer_digest(folder) != tokenizer_digest(tiny)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_that_a_checkpoint_names_are_not_looked_for(tiny, tmp_path, key):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {key: "attacker/kernel"}))
+    assert torch.equal(load_original(folder)(some_tokens(1, 9)).logits, load_original(tiny)(some_tokens(1, 9)).logits)
+
+
+def test_weights_tell_the_dtype_that_a_configuration_does_not(tmp_path):
+    folder = make_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["dtype"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert describe(folder, folder, read_config(folder)).kv_shape.bytes_per_value == 2
+    assert load_original(folder).dtype == torch.bfloat16
 
 
 IMPORTS = (

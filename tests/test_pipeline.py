@@ -177,6 +177,13 @@ def test_slips_of_later_stages_are_found_before_the_first(tiny, tmp_path, settin
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hybrid_is_refused_before_anything_is_done(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(LayerBoostError, match="is a hybrid already; name the original model"):
+        pipeline.run(out / "hybrid", load_recipe("default", SMALL), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_task_names_are_looked_up_in_a_finished_run_as_well(finished, tiny):
     out, _ = finished
     before = stamps(out)

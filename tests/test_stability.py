@@ -144,3 +144,10 @@ def test_as_a_command(two, tmp_path):
     assert twice.exit_code == 2
     assert "is named twice" in twice.output
     assert not (tmp_path / "t.json").exists()
+
+
+def test_a_file_without_damages(two, tmp_path):
+    one, _, first, _ = two
+    save(one.model_copy(update={"layers": [[] for _ in one.layers]}), tmp_path / "empty.json")
+    with pytest.raises(UsageError, match="has no damages of any layer"):
+        stability.run([first, tmp_path / "empty.json"])

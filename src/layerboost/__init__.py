@@ -23,6 +23,9 @@ _VERBS = (
     "report",
     "pipeline",
     "inspect",
+    "predict",
+    "compare",
+    "stability",
 )
 _PUBLIC = {
     "Sensitivity": "layerboost.artifacts",

@@ -116,6 +116,11 @@ class ModelRecord(Record):
     native_windows: list[int | None]
     context: int
 
+    @property
+    def usual_context(self) -> int:
+        """Tokens that a cache is counted for where nothing else is said."""
+        return min(self.context, 4_096)
+
     def kv_bytes(self, layers: list[LayerPlan], context: int) -> int:
         """Cache bytes of one sequence of `context` tokens under a plan; states of linear attention are counted in.
 
@@ -619,7 +624,7 @@ def _first_trouble(kind: type[pydantic.BaseModel], trouble: pydantic.ValidationE
     problems = trouble.errors(include_url=False, include_context=False)
     # a misspelt key is missing as well: the spelling is the better hint
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     for n, part in enumerate(first["loc"]):
         name, colon, value = str(part).partition(":")
@@ -829,7 +834,9 @@ def check_output_folder(final: Path) -> None:
     """Raises UsageError if writing this folder would overwrite something that is not LayerBoost's."""
     if not final.exists():
         return
-    inside = {path.name for path in final.iterdir()} - {LOCK} if final.is_dir() else {""}
+    if not final.is_dir():
+        raise UsageError(f"{final} is a file; name a folder")
+    inside = {path.name for path in final.iterdir()} - {LOCK}
     if inside and not inside <= _written(final):
         raise UsageError(f"{final} exists and was not written by layerboost; name another --out, or remove it")
 

@@ -506,8 +506,9 @@ def families(
         typer.echo(json.dumps([vars(entry) for entry in found], indent=1))
         return
     table = Table("model_type", "transformers class", "supported", "how it was verified, or why not")
+    words = {True: "yes", False: "no", None: "not known"}
     for entry in found:
-        table.add_row(entry.family, entry.model_class, "yes" if entry.supported else "no", entry.how)
+        table.add_row(entry.family, entry.model_class, words[entry.supported], entry.how)
     _print(table)
 
 
@@ -693,7 +694,7 @@ def _prediction_table(found: Any) -> Table:
     row(f"KV bytes per token at {load.prompt_tokens + load.output_tokens}", "kv_bytes_per_token")
     row("share of the KV memory lost to padding of groups", "kv_padding", ".1%")
     row("requests that had to start again", "preemptions")
-    row("GFLOP per token, attention left out", "token_flops_giga", ",.2f")
+    row("GFLOP per token, attention left out", "token_flops_giga", ",.3g")
     table.add_row("KV memory, bytes", f"{found.kv_memory['base']:,}", f"{found.kv_memory['hybrid']:,}", "")
     return table
 

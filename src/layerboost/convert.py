@@ -5,7 +5,7 @@ from pathlib import Path
 from layerboost.artifacts import HEALING, ModelRecord, Plan, load, text_digest
 from layerboost.errors import PlanError, UsageError
 from layerboost.model.config import check_plan
-from layerboost.model.loading import describe, find_model, load_original, read_config, tokenizer_digest
+from layerboost.model.loading import describe, find_model, load_original, original_config, tokenizer_digest
 from layerboost.model.saving import save_hybrid
 from layerboost.provenance import base_provenance
 
@@ -32,7 +32,9 @@ def run(model: str | Path, plan: Plan | Path, *, out: Path) -> Path:
     if not isinstance(plan, Plan):
         plan = load(Plan, plan)
     folder = find_model(model)
-    config = read_config(folder)
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"{out} is the model itself, or inside it; name another --out")
+    config = original_config(folder)
     check_plan(plan.layers, config)
     record = describe(model, folder, config)
     if plan.model is not None and plan.model.digest != record.digest:

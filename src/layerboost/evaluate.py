@@ -36,6 +36,7 @@ from layerboost.scoring import (
     batch_rows,
     estimate,
     final_hidden,
+    generate,
     log_probabilities,
     scored_hidden,
     scored_targets,
@@ -241,8 +242,5 @@ def _completions(base: Any, hybrid: Any, text: Sequences, tokenizer: Any, config
 
 
 def _greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[int]:
-    written = model.generate(
-        input_ids=prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device), do_sample=False,
-        max_new_tokens=new_tokens, pad_token_id=0, temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
-    return written[0, prompt.shape[1] :].tolist()
+    end = model.generation_config.eos_token_id
+    return generate(model, prompt, new_tokens, do_sample=False, eos_token_id=end)[0, prompt.shape[1] :].tolist()

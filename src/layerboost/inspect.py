@@ -7,10 +7,9 @@ from typing import Any
 from safetensors import safe_open
 
 from layerboost.artifacts import MANIFEST, intact
-from layerboost.errors import CheckpointError
 from layerboost.layer_plan import full_plan
 from layerboost.model.config import check_plan, needs
-from layerboost.model.loading import describe, is_hybrid, plan_of, read_config, weight_files
+from layerboost.model.loading import describe, find_model, is_hybrid, plan_of, read_config, weight_files
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -19,8 +18,7 @@ def run(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint that can be read.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; name the folder of a checkpoint")
+    path = find_model(path)
     config = read_config(path)
     layers = plan_of(config, path) if is_hybrid(config) else full_plan(config.num_hidden_layers)
     check_plan(layers, config)
@@ -30,7 +28,7 @@ def run(path: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118, not a mapping
                 parameters += math.prod(opened.get_slice(name).get_shape())
-    context = min(model.context, 4_096)
+    context = model.usual_context
     base = model.kv_bytes(full_plan(len(layers)), context)
     spec = getattr(config, "layerboost", None) or {}
     return {

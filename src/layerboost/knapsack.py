@@ -17,11 +17,6 @@ _SAME = 1e-9  # what is rounding in a sum of losses or shares
 _GONE = LayerPlan("no_attention")
 
 
-def default_context(context: int) -> int:
-    """Tokens that the cache is counted for where nothing else is said, of a model's context."""
-    return min(context, 4_096)
-
-
 @dataclass(frozen=True)
 class Option:
     """What a layer may get, and what that costs.

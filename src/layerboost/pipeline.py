@@ -33,10 +33,10 @@ from layerboost.cost.device import find_device
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import sequence_length
 from layerboost.data.sources import sources_digest
-from layerboost.errors import UsageError
+from layerboost.errors import CheckpointError, UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
-from layerboost.model.loading import describe, find_model, model_record, read_config
+from layerboost.model.loading import describe, find_model, is_hybrid, model_record, read_config
 from layerboost.passes import ranks
 from layerboost.pilot import Pilots
 from layerboost.plan.budget import Budget
@@ -172,6 +172,8 @@ def check_place(out: Path) -> None:
 def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     """Raises for slips in the settings of any stage, which would else be found hours later; neither weights nor
     tokenizer are looked at."""
+    if is_hybrid(config):
+        raise CheckpointError("the model is a hybrid already; name the original model")
     analyzing, planning = recipe.section(analyze.Config, "analyze"), recipe.section(plan.Config, "plan")
     healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
     benching = recipe.section(bench.Config, "bench")

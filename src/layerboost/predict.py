@@ -81,6 +81,8 @@ def run(
         CheckpointError, PlanError, UsageError, DataError: as they say.
     """
     found = find_config(model)
+    if plan is None and not is_hybrid(found):
+        raise UsageError(f"{model} is no hybrid: name a plan for it, a file or shares such as --plan 25/50/25")
     if plan is None:
         layers = plan_of(found, Path(model))
     elif is_hybrid(found):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
 from layerboost.artifacts import Estimate
 from layerboost.data.sequences import Sequences
@@ -115,3 +116,27 @@ def estimate(values: np.ndarray) -> Estimate:
 def final_hidden(model: Any, tokens: Tensor) -> Tensor:
     """`[N, T]` to `[N, T, E]`, normed and ready for the head."""
     return model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Tensor, new_tokens: int, *, eos_token_id: Any = None, **how: Any) -> Tensor:
+    """`[B, P]` prompts without padding to `[B, P + new_tokens]`, by these settings alone: the checkpoint's own, which
+    may penalise repetition or search with beams, would fill what is left open.
+
+    Args:
+        eos_token_id: what ends a text early; None is nothing.
+        how: `do_sample`, and of sampling what else transformers' `GenerationConfig` has.
+    """
+    asked = GenerationConfig(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens if eos_token_id is None else None, pad_token_id=0,
+        eos_token_id=eos_token_id, **how,
+    )  # fmt: skip
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        there = torch.ones_like(prompts).to(model.device)
+        found: Tensor = model.generate(
+            input_ids=prompts.to(model.device), attention_mask=there, generation_config=asked
+        )
+    finally:
+        model.generation_config = own
+    return found

@@ -25,12 +25,15 @@ def run(paths: Sequence[Path], *, out: Path | None = None) -> str:
     """Compare sensitivities, and say what came out as tables in Markdown.
 
     Raises:
-        UsageError: files of the same name, or nothing to compare.
+        UsageError: a file is named twice, or has no damages.
     """
     names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is named twice")
     found = {name: load(Sensitivity, path) for name, path in zip(names, paths, strict=True)}
+    for name, one in found.items():
+        if not any(one.layers):
+            raise UsageError(f"{name} has no damages of any layer; analyze the model again")
     measured = Stability(
         probes=[a for name, one in found.items() for a in across_probes(name, one)],
         files=[a for pair in itertools.combinations(found, 2) for a in across_files(*pair, found)],
@@ -76,7 +79,7 @@ def transfer(a: str, b: str, found: dict[str, Sensitivity]) -> list[Transfer]:
     if first.model.num_layers != second.model.num_layers:
         return []
     rows = []
-    context = min(first.model.context, 4_096)
+    context = first.model.usual_context
     for kv_reduction in _KV_REDUCTIONS:
         plans = [
             solve(options(one, context, DEFAULT_WEIGHTS), one.model.num_layers, minimise="loss", kv=1 - kv_reduction)

@@ -31,7 +31,7 @@ from layerboost.damage import DEFAULT_WEIGHTS, Weights, damages, levels, ranking
 from layerboost.data.samples import TEXT, DataConfig, data_inputs
 from layerboost.data.sequences import Sequences
 from layerboost.errors import CheckpointError, UsageError
-from layerboost.knapsack import DEFAULT_KV_REDUCTION, default_context, options, solve
+from layerboost.knapsack import DEFAULT_KV_REDUCTION, options, solve
 from layerboost.layer_plan import KEEP, LayerPlan, full_plan
 from layerboost.measured import Measured, kept_beside
 from layerboost.model.hybrid import Hybrid
@@ -70,7 +70,7 @@ class Config(DataConfig):
         generations, new_tokens: greedy completions by the original, and their length, that others have to follow.
         prompts: JSON lines with `text`, or `prompt` and `answer`, of a user's own.
         tasks: lm-eval tasks; `task_limit` documents of each, `task_folder` with further task files.
-        estimators: cheap one-pass estimates to set beside the measured damage.
+        estimators: cheap estimates, of one to four passes each, to set beside the measured damage.
         confidence: of what is called different; intervals of single damages are of 95 %.
         weights: how damages add up to the loss that layers are ranked by.
         until_resolved: look at more data until the plan at `kv_reduction` is stable, or `max_tokens` or all
@@ -347,7 +347,7 @@ def _resolve(sensitivity: Sensitivity, config: Config, end: str | None) -> Resol
 def plan_stability(sensitivity: Sensitivity, weights: dict[str, float], kv_reduction: float) -> float:
     """Share of resampled data on which the additive plan at this budget is the one that all data give; the cache is
     counted for as many tokens as `plan` counts."""
-    context = default_context(sensitivity.model.context)
+    context = sensitivity.model.usual_context
     losses = resampled_losses(sensitivity, weights, _STABILITY_RESAMPLES)
     count = sensitivity.model.num_layers
 

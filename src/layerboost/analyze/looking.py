@@ -14,6 +14,7 @@ from layerboost.data.sequences import Sequences, beginning, text_sequences
 from layerboost.errors import DataError
 from layerboost.model.hybrid import Hybrid
 from layerboost.progress import say
+from layerboost.scoring import generate
 
 if TYPE_CHECKING:
     from layerboost.analyze import Config
@@ -121,10 +122,7 @@ class Looking:
                 f"{prompts.shape[1]} tokens of text and {asked} new_tokens do not fit the model's context of "
                 f"{self.context}; ask for fewer new_tokens or a shorter length"
             )
-        tokens = self.model.generate(
-            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=asked,
-            min_new_tokens=asked, pad_token_id=0, temperature=None, top_p=None, top_k=None,
-        ).cpu()  # fmt: skip
+        tokens = generate(self.model, prompts, asked, do_sample=False).cpu()
         scored = torch.zeros_like(tokens, dtype=torch.bool)
         scored[:, prompts.shape[1] :] = True
         return Sequences(tokens, scored)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from layerboost import analyze, convert, evaluate, heal, plan
 from layerboost.analyze import Config as AnalyzeConfig
@@ -42,7 +42,7 @@ from layerboost.compare.tables import figures, markdown
 from layerboost.damage import DEFAULT_WEIGHTS, Shares, Weights, damages
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
-from layerboost.data.samples import samples
+from layerboost.data.samples import Seed, samples
 from layerboost.errors import PlanError, UsageError
 from layerboost.heal import Config as HealConfig
 from layerboost.layer_plan import LayerPlan
@@ -86,6 +86,7 @@ SELECTORS: dict[str, dict[str, Any]] = {
     "random": {"planner": "random"},
 }
 _WHEN = ("before", "after")
+_TOKENS = 100_000  # of each of many healings, where no others are asked for
 _PILOT_SHARE = 5  # a pilot has a fifth of the tokens of the healing
 # settings of other verbs that a job has its own for
 _TOLD = {
@@ -120,7 +121,7 @@ class Job(Record):
     """
 
     models: list[str] = Field(min_length=1)
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     kv_reduction: Share = 0.6
     length: int = Field(256, ge=64)
     selectors: list[str] = Field([name for name in SELECTORS if name != _PAPER])
@@ -130,8 +131,13 @@ class Job(Record):
     texts: int = Field(64, ge=2)
     answers: int = Field(100, ge=2)
     analyze: AnalyzeConfig = AnalyzeConfig()
-    heal: HealConfig = HealConfig(tokens=100_000)
+    heal: HealConfig = HealConfig(tokens=_TOKENS)
     plan: Measuring = Measuring()
+
+    @field_validator("heal", mode="before")
+    @classmethod
+    def _few_tokens(cls, raw: Any) -> Any:
+        return {"tokens": _TOKENS, **raw} if isinstance(raw, dict) else raw
 
 
 def load_job(path: Path) -> Job:
@@ -140,7 +146,9 @@ def load_job(path: Path) -> Job:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as trouble:
         raise UsageError(f"job {path} cannot be read: {' '.join(str(trouble).split())}; name a YAML file") from None
-    job = validate(Job, raw if isinstance(raw, dict) else {}, f"job {path}", UsageError)
+    if not isinstance(raw, dict):
+        raise UsageError(f"job {path} must hold keys and values, found {type(raw).__name__}")
+    job = validate(Job, raw, f"job {path}", UsageError)
     for key, known in (("selectors", SELECTORS), ("replacements", OPERATORS)):
         unknown = [name for name in getattr(job, key) if name not in known]
         if unknown:
@@ -166,6 +174,8 @@ def run(job: Job, *, out: Path) -> Comparison:
     Raises:
         LayerBoostError: as the verbs do.
     """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder")
     for model in job.models:  # what is missing is told now, and not after hours with the ones before it
         read_config(find_model(model))
     with lock(out):

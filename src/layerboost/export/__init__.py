@@ -27,14 +27,15 @@ from layerboost.export.native import native_model
 from layerboost.model.config import config_class, family_of
 from layerboost.model.hybrid import has_soft_cap, model_class
 from layerboost.model.loading import (
+    copy_beside_weights,
     digest,
     find_model,
-    is_tokenizer_file,
     load_model,
     plan_of,
     read_config,
     weight_files,
 )
+from layerboost.model.saving import save_weights
 
 Form = Literal["portable", "native"]
 CODE = "modeling_layerboost"
@@ -90,6 +91,7 @@ def _portable(folder: Path, config: Any, out: Path) -> None:
         for path in folder.iterdir():
             if path.is_file() and path.name not in (MANIFEST, CARD, "config.json", ".lock"):
                 shutil.copyfile(path, partial / path.name)
+        copy_beside_weights(folder, partial)
         raw = read_json(folder / "config.json", CheckpointError)
         raw["auto_map"] = {"AutoConfig": f"{CODE}.{names[0]}", "AutoModelForCausalLM": f"{CODE}.{names[1]}"}
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
@@ -119,10 +121,8 @@ def _native(folder: Path, config: Any, out: Path) -> None:
 
     model = native_model(load_model(folder))
     with publish_folder(out, _inputs(folder, "native")) as partial:
-        model.save_pretrained(partial)
-        for path in folder.iterdir():
-            if is_tokenizer_file(path) or path.name == "generation_config.json":
-                shutil.copyfile(path, partial / path.name)
+        save_weights(model, partial, out)
+        copy_beside_weights(folder, partial)
         (partial / CARD).write_text(_card("native", out.name, config, model), encoding="utf-8")
         failed = [check for check in verify.run(partial, folder) if not check.holds]
         if failed:

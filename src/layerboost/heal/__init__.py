@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from layerboost.artifacts import (
     HEALING,
@@ -58,6 +58,7 @@ from layerboost.model.saving import save_hybrid
 from layerboost.passes import gather, ranks
 from layerboost.progress import say
 from layerboost.provenance import base_provenance, provenance
+from layerboost.scoring import generate
 
 DEFAULT_LENGTH = 512
 _BLOCK = 8  # rows that stay together in another order, so that sources stay evenly mixed
@@ -369,18 +370,5 @@ def _write(healer: Healer, prompts: Tensor, new_tokens: int, seed: int) -> Tenso
             "same tokens, and it is kept"
         )
     torch.manual_seed(seed)
-    sampling = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-        pad_token_id=0,
-    )  # fmt: skip
-    own, healer.model.generation_config = healer.model.generation_config, GenerationConfig()
-    try:
-        # the checkpoint's, which may forbid repetition, would fill what `sampling` leaves open
-        with healer.teacher():
-            return healer.model.generate(
-                input_ids=prompts.to(healer.model.device),
-                attention_mask=torch.ones_like(prompts).to(healer.model.device),
-                generation_config=sampling,
-            ).cpu()
-    finally:
-        healer.model.generation_config = own
+    with healer.teacher():
+        return generate(healer.model, prompts, new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0).cpu()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from layerboost.heal import Config
     from layerboost.heal.signals import Signal
 
+_LORA_SCALE = 2  # of what an adapter adds, whatever its rank
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -137,7 +139,7 @@ class Healer:
         torch.manual_seed(self.config.seed)
         base = self.model.base_model_prefix
         settings = peft.LoraConfig(
-            r=self.config.rank, lora_alpha=2 * self.config.rank, lora_dropout=0.0,
+            r=self.config.rank, lora_alpha=_LORA_SCALE * self.config.rank, lora_dropout=0.0,
             target_modules=[f"{base}.{name}" for name in names],
         )  # fmt: skip
         return peft.get_peft_model(self.model, settings)
@@ -397,7 +399,7 @@ def merge(original: Hybrid, trained: dict[str, Tensor], targets: list[Target]) -
             module = base.get_submodule(target.name)
             stem = f"base_model.model.{original.base_model_prefix}.{target.name}"
             down, up = (trained[f"{stem}.lora_{side}.default.weight"].cpu().float() for side in "AB")
-            delta = 2.0 * (up @ down)  # lora_alpha / rank is 2
+            delta = _LORA_SCALE * (up @ down)
             if isinstance(module, Conv1D):
                 delta = delta.T
             module.weight.copy_(module.weight.float() + delta)

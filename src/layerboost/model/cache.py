@@ -103,6 +103,9 @@ class FixedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.seen *= 0
+        if not self.is_compileable:  # what comes next may be another batch
+            self.state, self.is_initialized = None, False
+            return
         for tensor in (self.keys, self.values, self.state):
             if tensor is not None:
                 tensor.zero_()

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import resources
@@ -35,6 +36,8 @@ from layerboost.model.mixers import HeadShape
 from layerboost.model.selfcheck import check_faithful
 
 REFERENCE = "reference"  # what the shipped model is called where a model is asked for
+# as safetensors calls what may have a fraction
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
 # code is read by nothing here without a flag, but is among the files that a portable export must have whole
 _WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -106,6 +109,9 @@ def read_config(folder: Path, *, quantised: bool = False) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}: quantised checkpoints are not supported; start from the original weights")
     family = model_type.removeprefix(PREFIX)
     raw.pop("auto_map", None)  # code that comes along is not run, and would not be there where this is saved to
+    for key in ("attn_implementation", "experts_implementation"):  # which may be code of the hub, and is ours to choose
+        raw.pop(key, None)
+        raw.pop(f"_{key}", None)
     made = config_class(family) if model_type.startswith(PREFIX) else base_config_class(family)
     with _valid(folder, model_type):
         config = made.from_dict(raw)
@@ -232,12 +238,25 @@ def _weights_digest(path: Path, size: int, changed: int) -> bytes:
 
 def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> ModelRecord:
     name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
-    return model_record(config, name, digest(folder))
+    return model_record(config, name, digest(folder), _stored_dtype(folder))
 
 
-def model_record(config: PreTrainedConfig, name: str, digest: str) -> ModelRecord:
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """Of the first weights with a fraction, which is what transformers loads them as where nothing else is said."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, not a mapping
+                if (dtype := _DTYPES.get(opened.get_slice(name).get_dtype())) is not None:
+                    return dtype
+    return None
+
+
+def model_record(config: PreTrainedConfig, name: str, digest: str, stored: torch.dtype | None = None) -> ModelRecord:
+    """Args:
+    stored: dtype of the weights, for a configuration that does not say.
+    """
     shape = HeadShape.of(config)
-    dtype = config.dtype or torch.float32
+    dtype = config.dtype or stored or torch.float32
     return ModelRecord(
         name=name,
         digest=digest,
@@ -322,7 +341,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> N
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises CheckpointError if the folder has no tokenizer that can be read without running code from it."""
-    if not any(is_tokenizer_file(path) and path.stem not in _NOT_ENOUGH for path in folder.iterdir()):
+    if not any(path.stem not in _NOT_ENOUGH for path in tokenizer_files(folder)):
         # transformers would make an empty one up
         raise CheckpointError(f"{folder} has no tokenizer; copy tokenizer.json of the original model into it")
     try:
@@ -334,12 +353,26 @@ def load_tokenizer(folder: Path) -> Any:
 def tokenizer_digest(folder: Path) -> str:
     """sha256 over the tokenizer's files."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if is_tokenizer_file(p)):
-        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in tokenizer_files(folder):
+        total.update(path.as_posix().encode() + b"\0" + hashlib.sha256((folder / path).read_bytes()).digest())
     return total.hexdigest()
 
 
-def is_tokenizer_file(path: Path) -> bool:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Relative to the folder, in order; chat templates with names of their own are in a folder inside."""
+    found = [path for path in folder.iterdir() if _is_tokenizer_file(path)]
+    return sorted(path.relative_to(folder) for path in [*found, *folder.glob("additional_chat_templates/*.jinja")])
+
+
+def copy_beside_weights(original: Path, folder: Path) -> None:
+    """What belongs to a checkpoint and is no weight: its tokenizer, and how it is meant to write."""
+    for path in [*tokenizer_files(original), Path("generation_config.json")]:
+        if (original / path).is_file():
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(original / path, folder / path)
+
+
+def _is_tokenizer_file(path: Path) -> bool:
     known = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", "spiece")
     return (
         path.is_file()

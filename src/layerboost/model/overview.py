@@ -15,9 +15,13 @@ _PROVEN = "no tests here; each model is tried on its own weights when it is load
 
 @dataclass(frozen=True)
 class Entry:
+    """Attributes:
+    supported: None where only an attempt tells.
+    """
+
     family: str
     model_class: str
-    supported: bool
+    supported: bool | None
     how: str
 
 
@@ -40,5 +44,5 @@ def _entry(family: str) -> Entry:
         return Entry(family, name, False, str(trouble).partition("converted: ")[2] or str(trouble))
     except Exception as trouble:  # not every family builds from its default configuration
         first = (str(trouble).splitlines() or [type(trouble).__name__])[0]
-        return Entry(family, name, False, f"not known: its default configuration does not build here ({first[:80]})")
+        return Entry(family, name, None, f"try it: its default configuration does not build here ({first[:80]})")
     return Entry(family, name, True, _PROVEN)

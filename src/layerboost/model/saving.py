@@ -1,7 +1,7 @@
 """How a hybrid is written: whole, with its tokenizer byte for byte, and read back before it gets its name."""
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -12,7 +12,7 @@ from layerboost.artifacts import CARD, check_space, publish_folder
 from layerboost.errors import CheckpointError, EnvironmentTrouble, TrainingError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.hybrid import Hybrid
-from layerboost.model.loading import is_tokenizer_file, load_model
+from layerboost.model.loading import copy_beside_weights, load_model
 
 _CARD = jinja2.Template(
     """---
@@ -68,21 +68,25 @@ def save_hybrid(
         generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
             # the original's is copied as it is; many hold settings that transformers refuses to write
-            model.save_pretrained(folder)
-        except SafetensorError as trouble:
-            raise EnvironmentTrouble(
-                f"{out} cannot be written: {trouble}; free some space and run the same command again"
-            ) from None
+            save_weights(model, folder, out)
         finally:
             model.generation_config = generation
-        for path in original.iterdir():
-            if is_tokenizer_file(path) or path.name == "generation_config.json":
-                shutil.copyfile(path, folder / path.name)
+        copy_beside_weights(original, folder)
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         base = model.config.layerboost["provenance"].get("base", {}).get("name", "a base model")
         (folder / CARD).write_text(_card(out.name, base, what, model.plan), encoding="utf-8")
         _read_back(model, folder)
+
+
+def save_weights(model: Any, folder: Path, out: Path) -> None:
+    """Raises EnvironmentTrouble, which speaks of `out`, where the disk does not take them."""
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as trouble:
+        raise EnvironmentTrouble(
+            f"{out} cannot be written: {trouble}; free some space and run the same command again"
+        ) from None
 
 
 def _card(name: str, base: str, what: str, layers: list[LayerPlan]) -> str:

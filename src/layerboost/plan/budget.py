@@ -13,7 +13,6 @@ from layerboost.artifacts import Load, ModelRecord
 from layerboost.cost.device import Device, find_device
 from layerboost.cost.work import Workload
 from layerboost.errors import PlanError
-from layerboost.knapsack import default_context
 from layerboost.layer_plan import LayerPlan, full_plan
 from layerboost.vllm import check_servable
 from layerboost.vllm.kv import GPU_BLOCK, KVLayout, good_block_size, grouped, kv_layout, layers_by_window, padded_bytes
@@ -36,7 +35,7 @@ class Budget:
 
     def __init__(self, model: ModelRecord, config: "Config", model_config: Any = None) -> None:
         self.model, self.config = model, config
-        self.context = config.context or default_context(model.context)
+        self.context = config.context or model.usual_context
         if self.context > model.context:
             raise PlanError(
                 f"context {self.context} is more than the {model.context} tokens that the model was made for; choose a "

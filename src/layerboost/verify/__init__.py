@@ -18,11 +18,11 @@ from layerboost.model.loading import (
     describe,
     find_model,
     is_hybrid,
-    is_tokenizer_file,
     load_model,
     load_original,
     plan_of,
     read_config,
+    tokenizer_files,
 )
 from layerboost.progress import say
 from layerboost.verify import probe, served
@@ -146,7 +146,7 @@ def _measure(folder: Path, prompts: dict[str, Tensor], dtype: DTYPES, trust: boo
 
 
 def _same_tokenizer(folder: Path, other: Path) -> Check:
-    names = {path.name for where in (folder, other) for path in where.iterdir() if is_tokenizer_file(path)}
+    names = {path.as_posix() for where in (folder, other) for path in tokenizer_files(where)}
     odd = [n for n in sorted(names) if _bytes(folder / n) != _bytes(other / n)]
     return Check(
         name="tokenizer, byte for byte",
