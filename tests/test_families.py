@@ -78,12 +78,13 @@ def test_healing_gpt2_adapts_its_own_kind_of_linear(tmp_path):
         ("stablelm", "could not be followed .it hands no further arguments to its attention"),
         ("bloom", "does not go through transformers' attention interface"),
         ("opt", "no single list of decoder layers"),
+        ("mimo_v2_flash", "its cache holds [0-9]+ bytes, where [0-9]+ follow from its configuration"),
         ("mamba2", "mixers other than softmax attention already"),
         ("gemma3n_text", "share keys and values|not a valid gemma3n_text"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, family, message):
-    sizes = {"n_layer": 4} if family == "bloom" else {}
+    sizes = {"bloom": {"n_layer": 4}, "mimo_v2_flash": {"v_head_dim": 4}}.get(family, {})
     if family in ("mamba2", "gemma3n_text"):  # not built from the common sizes: the configuration is enough
         (tmp_path / "config.json").write_text(f'{{"model_type": "{family}"}}')
         with pytest.raises(CheckpointError, match=message):

@@ -298,6 +298,11 @@ def test_weights_tell_the_dtype_that_a_configuration_does_not(tmp_path):
     (folder / "config.json").write_text(json.dumps(raw))
     assert describe(folder, folder, read_config(folder)).kv_shape.bytes_per_value == 2
     assert load_original(folder).dtype == torch.bfloat16
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:99])
+    assert describe(folder, folder, read_config(folder)).kv_shape.bytes_per_value == 4
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load_original(folder)
 
 
 IMPORTS = (

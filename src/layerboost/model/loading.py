@@ -238,13 +238,14 @@ def _weights_digest(path: Path, size: int, changed: int) -> bytes:
 
 def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> ModelRecord:
     name = folder.resolve().name if Path(source).expanduser().is_dir() else str(source)
-    return model_record(config, name, digest(folder), _stored_dtype(folder))
+    return model_record(config, name, digest(folder), _stored_dtype(folder) if config.dtype is None else None)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """Of the first weights with a fraction, which is what transformers loads them as where nothing else is said."""
+    """Of the first weights with a fraction, which is what transformers loads them as where nothing else is said; that a
+    file is damaged is told when it is loaded."""
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118, not a mapping
                 if (dtype := _DTYPES.get(opened.get_slice(name).get_dtype())) is not None:
                     return dtype

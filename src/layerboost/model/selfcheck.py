@@ -7,10 +7,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from layerboost.errors import CheckpointError
-from layerboost.layer_plan import LayerPlan
+from layerboost.layer_plan import KEEP, LayerPlan
+from layerboost.model.cache import cache_bytes
 from layerboost.model.config import family_of, native_windows
 from layerboost.model.families import VERIFIED, first_tensor
 from layerboost.model.hybrid import Hybrid
+from layerboost.model.mixers import HeadShape
 
 _TOKENS, _WINDOW = 24, 5
 _NONE = LayerPlan("no_attention")
@@ -62,12 +64,27 @@ def _trouble(model: Hybrid) -> str | None:
                 return "cached decoding is not the same as the full forward pass"
             if changes == narrow and not differs(whole, base):
                 return "a narrow window changes nothing"
+            held, promised = cache_bytes(cache), _promised(model, changes)
+            if held != promised:
+                return f"its cache holds {held} bytes, where {promised} follow from its configuration"
     for index in (0, layers - 1):
         with model.mixed({index: _NONE}):
             removed = model(tokens, use_cache=False).logits
         if differs(removed, _silenced(model, index, tokens)):
             return "a removed attention is not the same as one that adds nothing"
     return None
+
+
+def _promised(model: Hybrid, changes: dict[int, LayerPlan]) -> int:
+    """Bytes of keys and values of all tokens, of which a window of W keeps W - 1."""
+    shape = HeadShape.of(model.config)
+    held = 0
+    for index, native in enumerate(native_windows(model.config)):
+        plan = changes.get(index, KEEP)
+        window = native if plan.window is None else plan.window
+        if plan.mixer != "no_attention":
+            held += _TOKENS if window is None else min(_TOKENS, window - 1)
+    return 2 * held * shape.groups * shape.head_dim * model.dtype.itemsize
 
 
 def _silenced(model: Hybrid, index: int, tokens: Tensor) -> Tensor:
