@@ -300,9 +300,8 @@ def test_weights_tell_the_dtype_that_a_configuration_does_not(tmp_path):
     assert load_original(folder).dtype == torch.bfloat16
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:99])
-    assert describe(folder, folder, read_config(folder)).kv_shape.bytes_per_value == 4
-    with pytest.raises(CheckpointError, match="model.safetensors"):
-        load_original(folder)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged or truncated"):
+        describe(folder, folder, read_config(folder))
 
 
 IMPORTS = (

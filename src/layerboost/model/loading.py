@@ -242,10 +242,9 @@ def describe(source: str | Path, folder: Path, config: PreTrainedConfig) -> Mode
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """Of the first weights with a fraction, which is what transformers loads them as where nothing else is said; that a
-    file is damaged is told when it is loaded."""
+    """Of the first weights with a fraction, which is what transformers loads them as where nothing else is said."""
     for file in weight_files(folder):
-        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118, not a mapping
                 if (dtype := _DTYPES.get(opened.get_slice(name).get_dtype())) is not None:
                     return dtype
