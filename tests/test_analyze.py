@@ -563,7 +563,7 @@ def test_windows_wider_than_native_ones_are_not_tried(tmp_path):
 
 def test_fewer_texts_than_asked_for_are_said(tiny, tmp_path, capsys):
     for n in range(40):
-        (tmp_path / f"{n}.txt").write_text("some words " * 200)
+        (tmp_path / f"{n}.txt").write_text(f"some words {n} " * 200)
     arguments = {"split": "train", "answers": 2, "length": 64, "distance": 32}
     for texts, said in ((2, False), (100_000, True)):
         found = samples(open_corpus(tmp_path), load_tokenizer(tiny), 512, texts=texts, **arguments)

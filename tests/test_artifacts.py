@@ -99,7 +99,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     with pytest.raises(UsageError, match="was not written by layerboost"):
         write_folder(tmp_path / "out")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="was not written by layerboost"):
+    with pytest.raises(UsageError, match="is a file; name a folder"):
         write_folder(tmp_path / "file")
     assert files(tmp_path) == ["file", "out/thesis.tex"]
     (tmp_path / "empty").mkdir()

@@ -255,15 +255,15 @@ class TestOnAModel:
 
     def test_other_data_is_none_that_the_search_has_seen(self, tiny, found, tmp_path):
         model, text = _model(self.config(), tiny), tmp_path / "text.txt"
-        text.write_text(" ".join(str(n * n) for n in range(1_500)))
-        few = FEW.model_copy(update={"texts": 20, "length": 64})
+        text.write_text(" ".join(str(n * n) for n in range(2_000)))
+        few = FEW.model_copy(update={"texts": 40, "length": 64})
         for config in (self.config(), self.config(text=text, measuring=few)):
             seen, other = _data(model, found, config, tiny), _more_data(model, found, config, tiny)
             assert set(seen) == set(other)
             for kind in seen:
                 rows = [tuple(row) for data in (seen, other) for row in data[kind].tokens.tolist()]
                 assert len(set(rows)) == len(rows)
-        assert 20 < len(other["text"]) < 60  # all that there is
+        assert 40 < len(other["text"]) < 120  # all that there is
 
     def test_text_that_the_search_has_seen_all_of(self, tiny, found, tmp_path, capsys, monkeypatch):
         text = tmp_path / "text.txt"
