@@ -449,8 +449,8 @@ def test_inputs_are_all_that_decides_what_comes_out(tiny, tmp_path):
     folder = tmp_path / "tasks"
     (folder / "more").mkdir(parents=True)
     prompts = write_prompts(tmp_path / "prompts.jsonl", *ROWS)
-    for path in ("a.yaml", "more/a.yaml", "more/helper.py", "more/data.jsonl"):
-        (folder / path).write_text("task: a")
+    for path in ("a.yaml", "more/a.yaml", "more/helper.py", "more/data.jsonl", "sensitivity.json"):
+        (folder / path).write_text("task: a\ndata_files: {test: more/data.jsonl}")
     record = describe("tiny", tiny, read_config(tiny))
     config = analyze.Config(**QUICK, prompts=prompts, task_folder=folder)
 
@@ -462,8 +462,10 @@ def test_inputs_are_all_that_decides_what_comes_out(tiny, tmp_path):
     write_prompts(prompts, *ROWS[:2])
     seen.append(digests())
     for path in ("a.yaml", "more/a.yaml", "more/helper.py", "more/data.jsonl"):
-        (folder / path).write_text("task: b")
+        (folder / path).write_text("task: b\ndata_files: {test: more/data.jsonl}")
         seen.append(digests())
+    (folder / "sensitivity.json").write_text("what is written there is no task")
+    assert digests() == seen[-1]
     seen.append(digests(config.model_copy(update={"long_answers": 2})))
     assert all(a != b for n, a in enumerate(seen) for b in seen[:n])
     assert digests(config.model_copy(update={"device": "cpu"})) == digests()

@@ -161,6 +161,13 @@ def test_native_exports_are_stock_models(checkpoints, tmp_path, row):
     assert "layerboost" not in config
 
 
+@pytest.mark.parametrize(("family", "layers"), [("gemma3_text", [FULL] * 4), ("olmo3", [window(5)] * 4)])
+def test_families_with_a_rotary_embedding_for_each_type_of_layer(tmp_path, family, layers):
+    hybrid = convert.run(make_checkpoint(tmp_path / "base", family), Plan(layers=layers), out=tmp_path / "hybrid")
+    native = export.run(hybrid, "native", out=tmp_path / "native")
+    assert json.loads((native / "config.json").read_text())["model_type"] == family
+
+
 def test_a_bf16_model_with_a_wide_window_is_exported_natively(tmp_path):
     folder = make_checkpoint(tmp_path / "base", "llama", dtype=torch.bfloat16, max_position_embeddings=2_048)
     hybrid = convert.run(folder, Plan(layers=[window(500)] * 4), out=tmp_path / "hybrid")

@@ -603,17 +603,19 @@ def look(step, kl, loss=None, recall_kl=0.0, uneven=0.0):
 
 def test_sequences_are_longer_than_the_windows():
     def length(context, *windows, **changes):
-        return heal.sequences(heal.Config(**({"tokens": 10_000} | changes)), context, windows)[0]
+        return heal.sequences(heal.Config(**({"tokens": 1_000_000} | changes)), context, windows)[0]
 
     assert length(8_192) == length(8_192, 64) == length(8_192, 64, 256) == 512
     assert length(8_192, 64, 512) == 1_024
     assert length(768, 64, 512) == 768
     assert length(256, 64) == 256
-    assert length(8_192, 512, tokens=800) == 800  # of which there is one
+    assert length(8_192, 512, tokens=800) == 512
+    assert length(65_536, 512, tokens=100_000) == 781  # so that there are 32 steps of 4
+    assert length(65_536, 4_096, tokens=10_000_000) == 8_192
     assert length(8_192, 512, length=128) == 128
     with pytest.raises(DataError, match="length 600 is more than the model's context of 512"):
         length(512, length=600)
-    for written in (heal.Config(tokens=5_000), heal.Config.model_validate(heal.Config(tokens=5_000).model_dump())):
+    for written in (heal.Config(), heal.Config.model_validate(heal.Config().model_dump())):
         assert heal.sequences(written, 8_192, [512])[0] == 1_024  # a recipe that was written down says the same
 
 

@@ -341,6 +341,16 @@ def test_plans_that_no_model_takes_are_refused(settings):
         plan.run(sensitivity([(1, 0, 0)] * 2), plan.Config.model_validate(settings))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_the_least_loss_is_found_whatever_its_size(scale):
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        found = sensitivity((scale * rng.random((5, 3))).tolist())
+        layers, _ = plan_milp(found, Budget(found.model, plan.Config(kv_reduction=0.5, context=128)), WEIGHTS)
+        loss = next(loss for other, loss in every_plan(found) if all(map(LayerPlan.alike, layers, other)))
+        assert loss == pytest.approx(brute_force(found, limit_kv=0.5), rel=1e-6)
+
+
 def test_linear_attention_takes_no_native_window():
     found = sensitivity([(1, 0.2, 0.1)] * 4, native=[8, None, 8, None])
     for planner in ("uniform", "periodic"):

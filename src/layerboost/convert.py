@@ -32,8 +32,8 @@ def run(model: str | Path, plan: Plan | Path, *, out: Path) -> Path:
     if not isinstance(plan, Plan):
         plan = load(Plan, plan)
     folder = find_model(model)
-    if folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UsageError(f"{out} is the model itself, or inside it; name another --out")
+    if folder.resolve() == out.resolve():
+        raise UsageError(f"{out} is the model itself; name another --out")
     config = original_config(folder)
     check_plan(plan.layers, config)
     record = describe(model, folder, config)

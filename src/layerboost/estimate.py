@@ -49,7 +49,8 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     layers = config.num_hidden_layers
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
     windows = analyze.default_windows(config.max_position_embeddings) if analyzed.windows is None else analyzed.windows
-    length, _ = heal.sequences(healing, config.max_position_embeddings, windows)  # if the plan has the widest
+    widest = [*windows, *(mixer.window for mixer in analyzed.mixers if mixer.window is not None)]
+    length, _ = heal.sequences(healing, config.max_position_embeddings, widest)  # if the plan has the widest
     healing = healing.model_copy(update={"length": length})
     evaluated, benched = recipe.section(evaluate.Config, "evaluate"), recipe.section(bench.Config, "bench")
     forward = 2 * (parameters - embedding + config.vocab_size * config.hidden_size)

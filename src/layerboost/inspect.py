@@ -7,9 +7,10 @@ from typing import Any
 from safetensors import safe_open
 
 from layerboost.artifacts import MANIFEST, intact
+from layerboost.errors import CheckpointError
 from layerboost.layer_plan import full_plan
 from layerboost.model.config import check_plan, needs
-from layerboost.model.loading import describe, find_model, is_hybrid, plan_of, read_config, weight_files
+from layerboost.model.loading import describe, find_model, is_hybrid, is_local, plan_of, read_config, weight_files
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def run(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint that can be read.
     """
+    if not is_local(path):
+        raise CheckpointError(f"{path} is not a folder; name the folder of a checkpoint")
     path = find_model(path)
     config = read_config(path)
     layers = plan_of(config, path) if is_hybrid(config) else full_plan(config.num_hidden_layers)

@@ -71,6 +71,9 @@ def solve(
         most: limits on `loss` and `kv`.
     """
     values = {name: np.array([getattr(option, name) for option in choices]) for name in ("loss", "kv")}
+    # what HiGHS lets pass as rounding is the same whatever a row's size, and losses may be as small
+    scales = {name: 1 / max(abs(own).max(), 1e-30) for name, own in values.items()}
+    values = {name: scales[name] * own for name, own in values.items()}
     columns = np.arange(len(choices))
     one_per_layer = csr_array((np.ones(len(choices)), ([o.layer for o in choices], columns)))
     constraints = [LinearConstraint(one_per_layer, 1, 1)]
@@ -81,7 +84,7 @@ def solve(
         constraints.append(LinearConstraint(_are(choices, "full_attention"), 0, most_full))
     for name, limit in most.items():
         if limit is not None:
-            constraints.append(LinearConstraint(values[name][None], -np.inf, limit + _SAME))
+            constraints.append(LinearConstraint(values[name][None], -np.inf, scales[name] * (limit + _SAME)))
     best = _least(values[minimise], constraints)
     if best is None:
         return None

@@ -124,13 +124,10 @@ def generate(model: Any, prompts: Tensor, new_tokens: int, *, eos_token_id: Any 
     may penalise repetition or search with beams, would fill what is left open.
 
     Args:
-        eos_token_id: what ends a text early; None is nothing.
+        eos_token_id: what ends a text early; None is nothing, and what follows an end is written as well.
         how: `do_sample`, and of sampling what else transformers' `GenerationConfig` has.
     """
-    asked = GenerationConfig(
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens if eos_token_id is None else None, pad_token_id=0,
-        eos_token_id=eos_token_id, **how,
-    )  # fmt: skip
+    asked = GenerationConfig(max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=eos_token_id, **how)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         there = torch.ones_like(prompts).to(model.device)

@@ -29,7 +29,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria
 
 from layerboost.artifacts import TaskScore, file_digest
-from layerboost.data.corpus import files_of
 from layerboost.errors import (
     CheckpointError,
     DataError,
@@ -165,11 +164,13 @@ def _finite(value: Any) -> float | None:
 
 
 def task_files(folder: Path | None) -> dict[str, str]:
-    """Digests of the files in a folder of tasks: what they are, their code, and data beside them."""
+    """Digests of the files in a folder of tasks: what they are, their code, and data beside them that they name."""
     if folder is None:
         return {}
-    _, files = files_of(folder)
-    return {f"task {path.relative_to(folder)}": file_digest(path) for path in files if "__pycache__" not in path.parts}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = [path for path in files if path.suffix in (".yaml", ".py")]
+    said = "".join(path.read_text(encoding="utf-8", errors="replace") for path in own)
+    return {f"task {path.relative_to(folder)}": file_digest(path) for path in files if path in own or path.name in said}
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> Asked:

@@ -159,7 +159,7 @@ def fill_rows(pieces: Iterable[Piece], name: str, wanted: Wanted) -> Sequences:
     taken = up_to(wanted.tokens, source)
     first = lay_out(taken, wanted)
     # not every token makes a row: ends of documents are dropped, and rows in which nothing is scored
-    while len(first) < wanted.rows and (more := up_to((wanted.rows - len(first)) * wanted.length, source)):
+    while len(first) < wanted.rows and (more := up_to(sum(len(ids) for ids, _ in taken), source)):  # as much again
         taken += more
         first = lay_out(taken, wanted)
     if not len(first):

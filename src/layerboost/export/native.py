@@ -22,7 +22,6 @@ _WINDOWED_TWIN = {
     "mistral": ("ministral",),
     "olmo2": ("olmo3",),
 }
-_TYPES = ("full_attention", "sliding_attention")
 _OURS = ("model_type", "architectures", "layerboost", "transformers_version", "auto_map")
 
 
@@ -82,7 +81,7 @@ def _candidates(config: Any, windows: list[int | None]) -> Iterator[PreTrainedCo
             continue
         changes: dict[str, Any] = {"sliding_window": window, "layer_types": types}
         if name == "olmo3" and name != family:  # has a rotary embedding for each type of layer
-            changes["rope_parameters"] = dict.fromkeys(_TYPES, values["rope_parameters"])
+            changes["rope_parameters"] = dict.fromkeys(set(types), values["rope_parameters"])
         if name.startswith("qwen"):
             changes |= {"use_sliding_window": True, "max_window_layers": types.index("sliding_attention")}
         if None not in windows and "layer_types" not in values and name != "olmo3":
@@ -107,8 +106,8 @@ def _filled(config: PreTrainedConfig, hybrid: Hybrid) -> Any:
         parameter.data = state[name].clone()
     theirs = dict(hybrid.named_buffers())
     for name, buffer in model.named_buffers():  # rotary frequencies: computed, not stored
-        for kind_of_layer in _TYPES:
-            name = name.replace(f"{kind_of_layer}_", "")
+        if name not in theirs:  # of each type of layer, where the hybrid has one for all
+            name = name.replace("full_attention_", "").replace("sliding_attention_", "")
         if name not in theirs or theirs[name].shape != buffer.shape:
             return None
         buffer.copy_(theirs[name])

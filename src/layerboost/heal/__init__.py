@@ -61,6 +61,7 @@ from layerboost.provenance import base_provenance, provenance
 from layerboost.scoring import generate
 
 DEFAULT_LENGTH = 512
+_FEWEST_STEPS = 32  # that longer sequences have to leave
 _BLOCK = 8  # rows that stay together in another order, so that sources stay evenly mixed
 _FROM_SIGNALS = {"forward_kl", "cross_entropy"}
 # places, what has a digest of its own, and what a healing that was stopped may go on with otherwise
@@ -76,7 +77,7 @@ class Config(DataConfig):
     Attributes:
         tokens: training tokens in all; `200k` and `10M` are understood.
         length: tokens per training sequence, at most the model's context. None is 512, or twice the plan's widest
-            window where that is more: what a window hides is learned from longer sequences.
+            window where that is more and leaves 32 steps: what a window hides is learned from longer sequences.
         batch: sequences per step.
         micro_batch: sequences per pass; None is as many as memory takes, beginning with all of a step.
         losses: weight of every loss that counts.
@@ -189,7 +190,8 @@ def sequences(config: Config, context: int, windows: Sequence[int]) -> tuple[int
         DataError: a length beyond the context, or too few tokens for one sequence.
     """
     if config.length is None:
-        length = min(max(DEFAULT_LENGTH, min(2 * max(windows, default=0), config.tokens)), context)
+        most = config.tokens // (_FEWEST_STEPS * config.batch)
+        length = min(max(DEFAULT_LENGTH, min(2 * max(windows, default=0), most)), context)
     else:
         length = sequence_length(config, context)
     if config.tokens < length:

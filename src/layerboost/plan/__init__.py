@@ -35,7 +35,7 @@ from layerboost.artifacts import (
 from layerboost.damage import DEFAULT_WEIGHTS, Weights, candidate_loss, damages, predicted_loss, reason, weighted
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
-from layerboost.data.samples import DataConfig, data_inputs, probe_lengths, samples, sequence_length
+from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples, sequence_length
 from layerboost.data.sequences import Sequences
 from layerboost.errors import DataError, PlanError
 from layerboost.knapsack import DEFAULT_KV_REDUCTION, options
@@ -414,7 +414,9 @@ def _more_data(model: Hybrid, sensitivity: Sensitivity, config: Config, folder: 
     parts = []
     with contextlib.suppress(DataError):
         for turn in range(1, 1 + _MORE_DATA):
-            parts.append(_data(model, sensitivity, config, folder, turn))
+            part = _data(model, sensitivity, config, folder, turn)
+            if len(part[TEXT]) == config.measuring.texts:  # little text beside all answers would weigh as much
+                parts.append(part)
     if not parts:
         say("greedy: there is no text that the search has not seen, so the best plans are not measured on more")
     return {kind: Sequences.concatenate([part[kind] for part in parts]) for kind in parts[0]} if parts else {}
