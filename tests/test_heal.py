@@ -619,6 +619,21 @@ def test_sequences_are_longer_than_the_windows():
         assert heal.sequences(written, 8_192, [512])[0] == 1_024  # a recipe that was written down says the same
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"train": "full"}, "rank has no effect here: it is of adapters"),
+        ({"top_k": 5}, "top_k has no effect here: it is of signals"),
+        ({"data": [{"kind": "text"}], "probe_share": 0.2}, "probe_share has no effect here"),
+    ],
+)
+def test_settings_without_effect_are_told(tiny, hybrid, tmp_path, capsys, changes, told):
+    heal.run(hybrid, tiny, settings_with(tokens=256, **changes), out=tmp_path / "out")
+    said = capsys.readouterr().err
+    assert told in said if told else "no effect" not in said
+
+
 def test_windows_that_see_all_of_a_sequence_are_told(tiny, tmp_path, capsys):
     for width, told in ((63, False), (64, True)):
         made = convert.run(tiny, Plan(layers=[window(width), FULL, NONE, FULL]), out=tmp_path / f"hybrid{width}")

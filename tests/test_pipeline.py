@@ -162,6 +162,7 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
         ("evaluate.new_tokens=999", "completions of 999 new_tokens after 48 do not fit"),
         ("heal.shard=true", "a run is one process"),
         ("evaluate.tasks=[no_such_task]", "no_such_task"),
+        ("heal.data=[{kind: chat, path: nowhere.jsonl}]", "chats nowhere.jsonl must be"),
         ("plan.context=999", "context 999 is more than the 256 tokens"),
         ("plan.at_least.no_attention=99", "at_least asks for [0-9]+ layers, the model has 4"),
         ("plan={planner: tiers, tiers: {score: recal}}", "recal is not measured with these settings; it is one of"),
@@ -174,6 +175,14 @@ def test_slips_of_later_stages_are_found_before_the_first(tiny, tmp_path, settin
     settings = [*SMALL, "plan.throughput=1.1", setting]
     with pytest.raises(LayerBoostError, match=message):
         pipeline.run(tiny, load_recipe("default", settings), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_no_conversations_are_told_before_anything_is_done(tiny, tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "hi"}\n')
+    data = f"heal.data=[{{kind: chat, path: {tmp_path / 'chats.jsonl'}}}]"
+    with pytest.raises(LayerBoostError, match=r"chats.jsonl line 2: must be a JSON object with messages"):
+        pipeline.run(tiny, load_recipe("default", [*SMALL, data]), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

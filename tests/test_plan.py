@@ -341,6 +341,14 @@ def test_plans_that_no_model_takes_are_refused(settings):
         plan.run(sensitivity([(1, 0, 0)] * 2), plan.Config.model_validate(settings))
 
 
+def test_what_a_planner_that_measures_nothing_is_told_to_measure(capsys):
+    found = sensitivity([(1, 0.2, 0.1)] * 3)
+    plan.run(found, plan.Config(planner="milp"))
+    assert "no effect" not in capsys.readouterr().err
+    plan.run(found, plan.Config(planner="milp", measuring=plan.Measuring(texts=9)))
+    assert "measuring.* has no effect here: planner milp measures nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
 def test_the_least_loss_is_found_whatever_its_size(scale):
     rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ from layerboost.artifacts import (
 from layerboost.cost.device import find_device
 from layerboost.data.corpus import open_corpus
 from layerboost.data.samples import sequence_length
-from layerboost.data.sources import sources_digest
+from layerboost.data.sources import check_sources
 from layerboost.errors import CheckpointError, UsageError
 from layerboost.estimate import estimate
 from layerboost.heal.checkpoint import clear_steps
@@ -183,7 +183,7 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     evaluate.check(evaluating, context)
     for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
-    sources_digest(healing.data or [])
+    check_sources(healing.data or [])
     _check_planning(config, analyzing, plan.settled(planning, planning.planner or "greedy"))
     if planning.throughput is not None and planning.device_profile != "here":
         find_device(planning.device_profile)

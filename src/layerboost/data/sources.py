@@ -87,6 +87,15 @@ def _identity(source: Source) -> dict[str, Any]:
     return settings | {"path": {path.relative_to(root).as_posix(): file_digest(path) for path in files}}
 
 
+def check_sources(sources: Sequence[Source]) -> None:
+    """Raises DataError for what can be told without a tokenizer: files are there, and chats hold conversations."""
+    sources_digest(sources)
+    for source in sources:
+        if source.kind == "chat":
+            for where, row in read_rows(Path(str(source.path)), "messages"):
+                _messages_of(where, row)
+
+
 def _check_chats(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"chats {path} must be a .jsonl or .parquet file, and it is not there; name another path")

@@ -236,6 +236,7 @@ def run(
     base_config = read_config(folder)
     check(config, base_config)
     layers = plan_of(read_config(student_folder), student_folder)
+    _tell_idle(config)
     steps_folder = steps_folder or out.with_name(f"{out.name}-steps")
     with lock(steps_folder) if ranks()[0] == 0 else contextlib.nullcontext():
         made_from = inputs(student_folder, folder, config)
@@ -270,6 +271,18 @@ def run(
             clear_steps(steps_folder)
         gather(None)  # nobody leaves before the result is there
     return healing
+
+
+def _tell_idle(config: Config) -> None:
+    """Of settings that nothing looks at beside others."""
+    idle = {
+        "rank": config.train == "full" and "adapters, and train=full has none",
+        "top_k": config.signals is None and "signals, and none are kept",
+        "probe_share": config.data is not None and "healings without data, which has shares of its own",
+    }
+    for key, of in idle.items():
+        if of and getattr(config, key) != type(config).model_fields[key].default:
+            say(f"{key} has no effect here: it is of {of}")
 
 
 def _healer(hybrid: Path, folder: Path, layers: list[LayerPlan], config: Config) -> Healer:

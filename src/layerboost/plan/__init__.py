@@ -48,7 +48,7 @@ from layerboost.passes import Scorer, ranks
 from layerboost.plan.budget import Budget
 from layerboost.plan.gates import gate_losses, learn_gates
 from layerboost.plan.greedy import Search
-from layerboost.plan.milp import plan_milp
+from layerboost.plan.milp import plan_milp, thinned
 from layerboost.plan.patterns import plan_periodic, plan_random, plan_uniform
 from layerboost.plan.tiers import plan_tiers
 from layerboost.progress import progress, say
@@ -232,6 +232,8 @@ def run(
     if config.pilots and pilot is None:
         raise PlanError("pilots are healed by the command line and by runs; leave them out here")
     budget = Budget(sensitivity.model, config, model_config)
+    if planner not in ("greedy", "gates") and config.measuring != Measuring():
+        say(f"measuring.* has no effect here: planner {planner} measures nothing")
     with kept_beside(out, sensitivity.model.digest, pick_device(config.device)) as kept:
         found = PLANNERS[planner](sensitivity, budget, config, folder, kept)
         check_layers(found.layers, sensitivity.model.native_windows, sensitivity.model.context)
@@ -502,8 +504,8 @@ def _front(sensitivity: Sensitivity, found: Found, budget: Budget, weights: dict
     for point in sorted(points.values(), key=lambda p: (p.kv_share, p.loss)):
         if not best or point.loss < min(p.loss for p in best) or point.chosen:
             best.append(point)
-    step = max(1, -(-len(best) // _FRONT_POINTS))
-    return [point for n, point in enumerate(best) if n % step == 0 or point.chosen]
+    kept = thinned(best)
+    return [point for point in best if point.chosen or point in kept]
 
 
 def layers_digest(layers: list[LayerPlan]) -> str:
