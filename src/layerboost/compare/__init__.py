@@ -302,11 +302,13 @@ class Bout:
         return max(fitting, default=1)
 
     def _plan(self, name: str, told: dict[str, Any], kept: set[str]) -> tuple[Plan, float]:
+        measures = told["planner"] in ("greedy", "gates")
+        measuring = self.job.plan.model_dump() | {"length": self.job.length} if measures else {}
         config = validate(
             plan.Config,
             told | {
                 "kv_reduction": self.job.kv_reduction, "context": self.job.length, "seed": self.seed,
-                "weights": self.job.weights, "measuring": self.job.plan.model_dump() | {"length": self.job.length},
+                "weights": self.job.weights, "measuring": measuring,
                 "pilot_tokens": self._pilot_tokens, "text": self.job.analyze.text, "device": self.job.analyze.device,
             },
             f"selector {name}", UsageError,
