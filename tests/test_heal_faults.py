@@ -109,7 +109,8 @@ def test_kills_at_random_moments(tiny, hybrid, tmp_path, save_always):
         if last is not None:
             killed["saving" if saving else "any"] += 1
             left = max((step for step, _ in steps(folder)), default=0)
-            assert left >= max(before, last - 1), f"step {last} was done, the newest state is of {left}"
+            published = (tmp_path / "parts").exists()  # states are cleared after that, and a kill may come later still
+            assert published or left >= max(before, last - 1), f"step {last} was done, the newest state is of {left}"
         if (tmp_path / "parts").exists():
             assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
             shutil.rmtree(tmp_path / "parts")
