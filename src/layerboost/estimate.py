@@ -48,7 +48,7 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     parameters, embedding = count_parameters(config)
     layers = config.num_hidden_layers
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
-    windows = analyze.default_windows(config.max_position_embeddings) if analyzed.windows is None else analyzed.windows
+    windows = analyze.windows_of(analyzed, config.max_position_embeddings)
     widest = [*windows, *(mixer.window for mixer in analyzed.mixers if mixer.window is not None)]
     length, _ = heal.sequences(healing, config.max_position_embeddings, widest)  # if the plan has the widest
     healing = healing.model_copy(update={"length": length})

@@ -195,8 +195,7 @@ def _check_planning(config: PreTrainedConfig, analyzing: analyze.Config, plannin
     """Against what will be measured."""
     record = model_record(config, "", "")
     Budget(record, planning, config)
-    windows = analyze.default_windows(record.context) if analyzing.windows is None else analyzing.windows
-    candidates = analyze.candidates_for(record, windows, analyzing.mixers)
+    candidates = analyze.candidates_for(record, analyze.windows_of(analyzing, record.context), analyzing.mixers)
     analyze.check_weights(analyzing, [*analyzing.weights, *planning.weights])
     if planning.planner == "tiers":
         analyze.check_weights(analyzing, [planning.tiers.score])

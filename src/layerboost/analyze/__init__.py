@@ -158,7 +158,7 @@ def _measure(
     asked: Asked,
     kept: Measured,
 ) -> Sensitivity:
-    windows = default_windows(record.context) if config.windows is None else config.windows
+    windows = windows_of(config, record.context)
     candidates = candidates_for(record, windows, config.mixers)
     looking = Looking(model, load_tokenizer(folder), config, windows)
     plans = [full_plan(record.num_layers), *one_changed(candidates)]
@@ -205,6 +205,11 @@ def check_weights(config: Config, metrics: Iterable[str]) -> None:
             raise UsageError(
                 f"weights: {metric} is not measured with these settings; it is one of {', '.join(measured)}"
             )
+
+
+def windows_of(config: Config, context: int) -> list[int]:
+    """Those that an analysis tries, tokens."""
+    return default_windows(context) if config.windows is None else config.windows
 
 
 def default_windows(context: int) -> list[int]:

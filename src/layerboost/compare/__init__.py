@@ -213,8 +213,7 @@ class Bout:
     @cached_property
     def usual(self) -> set[str]:
         """Labels of every selector's candidates; replacements are measured beside them."""
-        asked = self.job.analyze.windows
-        windows = analyze.default_windows(self.record.context) if asked is None else asked
+        windows = analyze.windows_of(self.job.analyze, self.record.context)
         return {plan.label for own in analyze.candidates_for(self.record, windows) for plan in own}
 
     def run(self) -> list[Entry]:

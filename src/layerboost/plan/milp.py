@@ -198,8 +198,8 @@ def _by_make_up(
     every.sort(key=lambda m: (m.loss, m.kv))
     max_loss = budget.config.max_loss
     front = [m.layers for m in thinned(_envelope(every))]
-    if budget.saves:
-        met = [m for m in every if m.loss <= (max_loss or 0) + 1e-9 and budget.met(m.layers)]
+    if max_loss is not None and budget.saves:
+        met = [m for m in every if m.loss <= max_loss + 1e-9 and budget.met(m.layers)]
         if not met:
             raise PlanError(f"{budget.describe()} cannot be met together; allow more loss")
         return min(met, key=lambda m: (m.kv, m.loss)).layers, front
