@@ -66,7 +66,8 @@ def build(args):
         use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = model_class("qwen3")(hybrid_config(config, full_plan(len(args.plan)))).eval()
+    with torch.device(DEVICE):
+        model = model_class("qwen3")(hybrid_config(config, full_plan(len(args.plan)))).eval()
     return config, model.to(torch.bfloat16) if CUDA else model
 
 
@@ -111,7 +112,8 @@ class Steps(TrainerCallback):
 
 def plain(args, meter, folder):
     config, student = build(args)
-    teacher = Qwen3ForCausalLM(config).eval().requires_grad_(False).to(student.dtype).to(DEVICE)
+    with torch.device(DEVICE):
+        teacher = Qwen3ForCausalLM(config).eval().requires_grad_(False).to(student.dtype)
     teacher.load_state_dict(student.state_dict())
     plan, base, wanted = plan_of(args), student.base_model_prefix, settings(args, "plain")
     names = [f"{base}.{target.name}" for target in find_targets(student, plan, wanted)]
@@ -180,11 +182,25 @@ def memory(key):
     return int(line.split()[1]) * 1024
 
 
+def mark():
+    """A moment: of CPU time, or on the GPU's own clock, which nothing waits for."""
+    if not CUDA:
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start, end):
+    return start.elapsed_time(end) / 1_000 if CUDA else end - start
+
+
 class Meter:
     """Seconds of every step, and of the parts that it is told to time, each without those inside it."""
 
     def __init__(self):
-        self.losses, self.told, self.steps, self.parts, self._inside = [], {}, [], Counter(), []
+        self.losses, self.told, self.steps, self.parts = [], {}, [], Counter()
+        self._open, self._timed = [], []
         self._before = 0 if CUDA else memory("VmRSS")
 
     def start(self):
@@ -196,19 +212,22 @@ class Meter:
 
     def step(self):
         self.steps.append([now - then for now, then in zip(seconds(), self._last, strict=True)])
-        if len(self.steps) == 1:
-            self.parts.clear()  # of the step that warmed up
+        if len(self.steps) > 1:  # the first warms up
+            for what, around, start, end in self._timed:
+                self.parts[what] += between(start, end)
+                if around:
+                    self.parts[around] -= between(start, end)
+        self._timed.clear()
         self._last = seconds()
 
     @contextlib.contextmanager
     def _part(self, what):
-        self._inside.append(0.0)
-        started = seconds()[CUDA]
+        what, around = what() if callable(what) else what, self._open[-1] if self._open else None
+        self._open.append(what)
+        start = mark()
         yield
-        spent = seconds()[CUDA] - started
-        self.parts[what() if callable(what) else what] += spent - self._inside.pop()
-        if self._inside:
-            self._inside[-1] += spent
+        self._timed.append((what, around, start, mark()))
+        self._open.pop()
 
     def time(self, owner, name, what, keep=False):
         plain = getattr(owner, name)

@@ -92,6 +92,7 @@ def test_what_an_engine_does_not_look_at_is_said(monkeypatch, capfd, settings, s
 def test_on_a_gpu_the_cache_is_counted_in_what_the_engine_is_told(tmp_path, monkeypatch, dtype, wanted):
     config = read_config(make_checkpoint(tmp_path / "base", "llama"))
     config.dtype = dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _options(config, [FULL] * 4, bench.Serving(), 320, False)["dtype"] == "float32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     told = _options(config, [FULL] * 4, bench.Serving(), 320, False)

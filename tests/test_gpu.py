@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from layerboost import analyze, bench, convert, evaluate, heal
 from layerboost.artifacts import Plan
 from layerboost.cost.device import probe
-from layerboost.heal.losses import LOSSES, mixed_logits_loss
+from layerboost.heal.losses import LOSSES, fused_kl, kl_over_teacher, mixed_logits_loss
 from layerboost.heal.sharding import quantize
 from layerboost.heal.student import Counts, Healer
 from layerboost.model import kernels
@@ -35,24 +35,6 @@ def on_gpu(folder, name):
     return model.cuda()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", PLANS)
-@torch.no_grad()
-def test_hybrids_compute_what_they_do_on_the_cpu(checkpoints, family, name):
-    """Whole, with a cache, and padded on the left."""
-    model, tokens = on_gpu(checkpoints[family], name), some_tokens(2, 40)
-    padding = torch.ones_like(tokens)
-    padding[0, :W] = 0
-    wanted = hybrid_of(checkpoints[family], name)(tokens).logits
-    torch.testing.assert_close(model(tokens.cuda()).logits.cpu(), wanted, **CLOSE)
-    cache = DynamicCache(config=model.config)
-    found = [model(part, past_key_values=cache).logits for part in tokens.cuda().split([W, 1, 20, 1, 18 - W], 1)]
-    torch.testing.assert_close(torch.cat(found, 1).cpu(), wanted, **CLOSE)
-    wanted = hybrid_of(checkpoints[family], name)(tokens, attention_mask=padding).logits
-    found = model(tokens.cuda(), attention_mask=padding.cuda()).logits.cpu()
-    torch.testing.assert_close(found[padding.bool()], wanted[padding.bool()], **CLOSE)
-
-
 @pytest.mark.parametrize("size", [1, 7, 40, 64])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (1, 40), (130, 400), (700, 700)])
 def test_windows_and_their_gradients(size, queries, keys):
@@ -70,7 +52,7 @@ def test_windows_and_their_gradients(size, queries, keys):
 @torch.no_grad()
 def test_flex_attention_compiled_sees_the_window(size):
     """As one kernel, which skips the blocks that no query sees."""
-    q, k, v = (t.detach().cuda() for t in qkv(300, 300, size=32))
+    q, k, v = (t.detach().cuda() for t in qkv(300, 300, size=32, values=32))
     found = torch.compile(flex_attention)(q, k, v, block_mask=flex_mask(q, k, size, None), enable_gqa=True)
     torch.testing.assert_close(found, sliding_window_attention(q, k, v, window=size), atol=5e-3, rtol=5e-3)
 
@@ -106,6 +88,18 @@ def test_losses_against_float64(names):
     wanted.backward()
     torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1_001, 151_936])
+@torch.no_grad()
+def test_the_fused_loss_is_that_of_plain_code(dtype, vocabulary):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(130, vocabulary, device="cuda", dtype=dtype) for _ in range(2))
+    kernel, written, plain = fused_kl(dtype), teacher.clone(), teacher.clone()
+    assert kernel is not None
+    torch.testing.assert_close(kernel(student, written), kl_over_teacher(student, plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(written, plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,3 +250,21 @@ def test_all_full_is_the_stock_model(checkpoints):
         base = AutoModelForCausalLM.from_pretrained(checkpoints[family]).cuda().eval()
         tokens = some_tokens(2, 40).cuda()
         assert torch.equal(load_original(checkpoints[family]).cuda()(tokens).logits, base(tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PLANS)
+@torch.no_grad()
+def test_hybrids_compute_what_they_do_on_the_cpu(checkpoints, family, name):
+    """Whole, with a cache, and padded on the left."""
+    model, tokens = on_gpu(checkpoints[family], name), some_tokens(2, 40)
+    padding = torch.ones_like(tokens)
+    padding[0, :W] = 0
+    wanted = hybrid_of(checkpoints[family], name)(tokens).logits
+    torch.testing.assert_close(model(tokens.cuda()).logits.cpu(), wanted, **CLOSE)
+    cache = DynamicCache(config=model.config)
+    found = [model(part, past_key_values=cache).logits for part in tokens.cuda().split([W, 1, 20, 1, 18 - W], 1)]
+    torch.testing.assert_close(torch.cat(found, 1).cpu(), wanted, **CLOSE)
+    wanted = hybrid_of(checkpoints[family], name)(tokens, attention_mask=padding).logits
+    found = model(tokens.cuda(), attention_mask=padding.cuda()).logits.cpu()
+    torch.testing.assert_close(found[padding.bool()], wanted[padding.bool()], **CLOSE)

@@ -18,6 +18,7 @@ from layerboost.errors import CheckpointError, DataError, UsageError
 from layerboost.heal import training
 from layerboost.heal.losses import (
     LOSSES,
+    kl_over_teacher,
     mixed_logits_loss,
     relative_error,
     top_k_kl,
@@ -89,6 +90,23 @@ def test_losses_on_logits_against_float64(tokens, vocabulary, hidden, chunk, see
     (3 * wanted).backward()
     torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_kl_as_it_is_written_down(dtype):
+    """Against autograd in float64, and when a compiler has made one kernel of it."""
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(17, 301) for _ in range(2))
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    exact = student.double().requires_grad_()
+    wanted = written_out("forward_kl", exact, teacher.double(), None)
+    wanted.sum().backward()
+    for function in (kl_over_teacher, torch.compile(kl_over_teacher, dynamic=True, backend="aot_eager")):
+        gradient = teacher.clone()
+        found = function(student, gradient)
+        torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+        close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+        torch.testing.assert_close(gradient.double(), exact.grad, **close)
 
 
 @settings(max_examples=40, deadline=None)

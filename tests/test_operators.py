@@ -24,11 +24,11 @@ def draw(*shape, seed=0, grad=True):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
 
 
-def qkv(queries, keys, heads=6, groups=2, size=8, batch=2):
+def qkv(queries, keys, heads=6, groups=2, size=8, batch=2, values=5):
     return (
         draw(batch, heads, queries, size),
         draw(batch, groups, keys, size, seed=1),
-        draw(batch, groups, keys, 5, seed=2),
+        draw(batch, groups, keys, values, seed=2),
     )
 
 

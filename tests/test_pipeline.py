@@ -161,7 +161,6 @@ def test_a_recipe_in_the_run_folder_keeps_its_comments(tmp_path):
         ("bench.serving.concurrency=[8, 0]", "concurrency"),
         ("evaluate.new_tokens=999", "completions of 999 new_tokens after 48 do not fit"),
         ("heal.shard=true", "a run is one process"),
-        ("evaluate.tasks=[no_such_task]", "no_such_task"),
         ("heal.data=[{kind: chat, path: nowhere.jsonl}]", "chats nowhere.jsonl must be"),
         ("plan.context=999", "context 999 is more than the 256 tokens"),
         ("plan.at_least.no_attention=99", "at_least asks for [0-9]+ layers, the model has 4"),
@@ -193,7 +192,11 @@ def test_a_hybrid_is_refused_before_anything_is_done(finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_task_names_are_looked_up_in_a_finished_run_as_well(finished, tiny):
+def test_task_names_are_looked_up_first_and_in_a_finished_run_as_well(finished, tiny, tmp_path):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(LayerBoostError, match="no_such_task"):
+        pipeline.run(tiny, load_recipe("default", [*SMALL, "evaluate.tasks=[no_such_task]"]), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     out, _ = finished
     before = stamps(out)
     with pytest.raises(LayerBoostError, match="no_such_task"):

@@ -26,7 +26,7 @@ _EFFICIENCY = 0.35
 _TRAINING = 0.6
 _BYTES = {"int8": 1.0, "int4": 0.52}  # per weight, with its scales
 _UNPACKED = 16  # per weight of a matrix in few bits while it is in use, torchao's intermediate steps included
-_LOGITS = 6  # float32 arrays of a chunk's size that a loss on logits comes to: both models', and work on blocks of them
+_LOGITS = 6  # float32 arrays of this size that a loss on logits comes to: both models', and work on blocks of them
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ def healing_memory(
     copies = 4 + (devices > 1)  # weight, gradient, two moments; and all gradients in a row, to be added up
     stand_ins = trained * width if full and width < _FLOAT32 else 0
     tokens = (settings.length or heal.DEFAULT_LENGTH) * (settings.micro_batch or -(-settings.batch // devices))
-    vocabulary = config.vocab_size
+    logits = CHUNK_ELEMENTS * (1 if dtype == torch.float32 else 2)  # on a GPU, losses work on whole chunks
     return HealingMemory(
         frozen=inside + (shape.parameters - shape.inside) * width,
         trained=trained * copies * _FLOAT32 + stand_ins,
         activations=tokens * _token_bytes(config, settings, shape, width),
-        logits=_LOGITS * _FLOAT32 * min(CHUNK_ELEMENTS, tokens * vocabulary),
+        logits=_LOGITS * _FLOAT32 * min(logits, tokens * config.vocab_size),
     )
 
 
