@@ -125,7 +125,6 @@ def mixed_logits_loss(
     Returns:
         A float32 scalar.
     """
-
     if list(weights) == ["forward_kl"] and teacher is not None:
         return weights["forward_kl"] * _chunked(student, teacher, head, _kl_block, chunk)
 
@@ -184,7 +183,8 @@ def chunked(
 def kl_over_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     """`forward_kl` of logits, `[k, V]` each, to `[k]` float32; its gradient is written over the teacher's logits.
 
-    It is the student's softmax less the teacher's: written down, it takes a third less time than by autograd on a CPU.
+    It is the student's softmax less the teacher's: written down, it takes a sixth less time than by autograd on a CPU,
+    and half as much on a GPU that compiles it (`benchmarks/losses.py`).
     """
     found, ratio = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     expected = ratio.exp()
