@@ -23,6 +23,7 @@ from layerboost.model.loading import (
     pick_device,
     read_config,
     tokenizer_digest,
+    tokenizer_files,
 )
 from tests.tiny import FULL, NONE, make_checkpoint, some_tokens, window
 
@@ -264,6 +265,56 @@ def test_a_model_is_not_replaced_by_its_own_hybrid(tiny, tmp_path):
     assert (native / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("family", "named", "opened"),
+    [
+        ("qwen2", "LlamaTokenizerFast", "Qwen2Tokenizer"), ("mistral", "LlamaTokenizer", "TokenizersBackend"),
+        ("phi3", "GPT2Tokenizer", "TokenizersBackend"), ("olmo2", "GPT2TokenizerFast", "TokenizersBackend"),
+        ("granite", None, "TokenizersBackend"),
+    ],
+)  # fmt: skip
+def test_a_hybrid_cuts_text_as_its_original_does(tmp_path, family, named, opened):
+    """transformers overrules the class that a tokenizer's files name, by the type of the model."""
+    from transformers import AutoTokenizer
+
+    base = make_checkpoint(tmp_path / "base", family)
+    for path in tokenizer_files(base):
+        (base / path).unlink()
+    raw = json.loads((find_model("reference") / "tokenizer_config.json").read_text())
+    raw |= {"tokenizer_class": named, "backend": "tokenizers"}
+    (base / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    shutil.copyfile(find_model("reference") / "tokenizer.json", base / "tokenizer.json")
+    wanted = AutoTokenizer.from_pretrained(base)
+    assert type(wanted).__name__ == opened
+    hybrid = convert.run(base, Plan(layers=[window(8), FULL, window(8), NONE]), out=tmp_path / "hybrid")
+    portable = export.run(hybrid, "portable", out=tmp_path / "portable")
+    text = "def read(self, n):\n    return n + 10000  # it's\t 2,024\r\n"
+    for made in (hybrid, portable):
+        found = AutoTokenizer.from_pretrained(made)
+        assert type(found) is type(wanted)
+        assert found(text) == wanted(text)
+        assert found.decode(found(text)["input_ids"]) == text
+    assert all(check.holds for check in verify.run(hybrid, base))
+
+
+def test_a_copy_that_cuts_text_otherwise_is_not_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("layerboost.model.loading.same_tokens", lambda *_: False)
+    with pytest.raises(CheckpointError, match="gives other tokens beside a hybrid"):
+        convert.run(tiny, Plan(layers=[window(8)] * 4), out=tmp_path / "hybrid")
+    assert not (tmp_path / "hybrid").exists()
+
+
+def test_tokenizers_that_transformers_knows_by_name(tmp_path):
+    """A model in the hub's cache is opened as under its name there, not as its files alone say."""
+    base = make_checkpoint(tmp_path / "base", "llama")
+    raw = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (base / "tokenizer_config.json").write_text(json.dumps(raw))
+    for name, opened in (("someone/model", "LlamaTokenizer"), ("deepseek-ai/DeepSeek-Coder-1B", "TokenizersBackend")):
+        snapshot = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
+        shutil.copytree(base, snapshot)
+        assert type(load_tokenizer(snapshot)).__name__ == opened
+
+
 def test_chat_templates_with_names_go_along(tiny, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny, folder)
@@ -278,7 +329,7 @@ def test_chat_templates_with_names_go_along(tiny, tmp_path):
         assert load_tokenizer(made).chat_template == tokenizer.chat_template
         assert all(check.holds for check in verify.run(made, hybrid))
         (made / named).write_text("other")
-        assert [check.name for check in verify.run(made, hybrid) if not check.holds][:1] == ["tokenizer, byte for byte"]
+        assert [check.name for check in verify.run(made, hybrid) if not check.holds][:1] == ["files of the tokenizer"]
     assert tokenizer_digest(hybrid) == tokenizer_digest(folder) != tokenizer_digest(tiny)
 
 

@@ -58,6 +58,24 @@ def test_its_own_answers_hold(folder, server):
     assert held(verify.run(url + "/v1/", folder)) == [True, True]
 
 
+def test_tokens_of_another_vocabulary_do_not(folder, server):
+    handler, url = server
+
+    def other_model(answer):
+        answer["tokens"][0] = "token_id:99999"
+        return answer
+
+    def other_choice(answer):
+        answer["top_logprobs"][0]["token_id:99999"] = -20.0
+        return answer
+
+    for spoil in (other_model, other_choice):
+        handler.spoil = staticmethod(spoil)
+        (check,) = verify.run(url, folder)
+        assert not check.holds
+        assert check.found.startswith("99999, where the hybrid here has")
+
+
 def test_other_tokens_and_other_logprobs_do_not(folder, server):
     handler, url = server
 

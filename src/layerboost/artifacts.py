@@ -894,6 +894,12 @@ def intact(folder: Path, *, deep: bool = False) -> bool:
     return first_damaged(folder, deep=deep) is None
 
 
+def check_intact(folder: Path) -> None:
+    """Raises CheckpointError if a file of a folder that says what was written there is not as it was written."""
+    if (folder / MANIFEST).exists() and (name := first_damaged(folder, deep=True)):
+        raise CheckpointError(f"{folder}: {name} is missing or not as it was written; fetch or make it again")
+
+
 def first_damaged(folder: Path, *, deep: bool = False) -> str | None:
     """The first file that is missing or not as it was written; model cards may be edited."""
     name = MANIFEST

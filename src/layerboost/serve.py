@@ -5,8 +5,8 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from layerboost.artifacts import MANIFEST, first_damaged
-from layerboost.errors import CheckpointError, EnvironmentTrouble
+from layerboost.artifacts import check_intact
+from layerboost.errors import EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.loading import find_model, is_hybrid, is_local, load_tokenizer, plan_of, read_config, weight_files
 from layerboost.vllm import check_servable, require_vllm
@@ -40,8 +40,7 @@ def server_command(path: str | Path, flags: list[str]) -> list[str]:
     config = read_config(folder, quantised=True)
     weight_files(folder)
     load_tokenizer(folder)
-    if (folder / MANIFEST).exists() and (name := first_damaged(folder, deep=True)):
-        raise CheckpointError(f"{folder}: {name} is missing or not as it was written; fetch or make it again")
+    check_intact(folder)
     layers: list[LayerPlan] = []
     if is_hybrid(config):
         layers = plan_of(config, folder)

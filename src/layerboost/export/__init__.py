@@ -15,9 +15,9 @@ from layerboost import __version__
 from layerboost.artifacts import (
     CARD,
     MANIFEST,
+    check_intact,
     check_output_folder,
     check_space,
-    first_damaged,
     publish_folder,
     read_json,
     recorded_inputs,
@@ -70,8 +70,7 @@ def run(hybrid: str | Path, form: Form, *, out: Path) -> Path:
     folder = find_model(hybrid)
     config = read_config(folder)
     plan_of(config, folder)
-    if (folder / MANIFEST).exists() and (name := first_damaged(folder, deep=True)):
-        raise CheckpointError(f"{folder}: {name} is missing or not as it was written; make it again")
+    check_intact(folder)
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"{out} is the hybrid itself, or inside it; name another --out")
     check_output_folder(out)
@@ -91,10 +90,10 @@ def _portable(folder: Path, config: Any, out: Path) -> None:
         for path in folder.iterdir():
             if path.is_file() and path.name not in (MANIFEST, CARD, "config.json", ".lock"):
                 shutil.copyfile(path, partial / path.name)
-        copy_beside_weights(folder, partial)
         raw = read_json(folder / "config.json", CheckpointError)
         raw["auto_map"] = {"AutoConfig": f"{CODE}.{names[0]}", "AutoModelForCausalLM": f"{CODE}.{names[1]}"}
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        copy_beside_weights(folder, partial)
         for name, text in portable_code(family_of(config), *names).items():
             (partial / name).write_text(text, encoding="utf-8")
         (partial / CARD).write_text(_card("portable", out.name, config), encoding="utf-8")

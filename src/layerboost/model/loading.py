@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from layerboost.artifacts import KVShape, ModelRecord, read_json
+from layerboost.artifacts import KVShape, ModelRecord, check_intact, read_json, write_text
 from layerboost.errors import CheckpointError, EnvironmentTrouble
 from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import (
@@ -39,6 +39,8 @@ REFERENCE = "reference"  # what the shipped model is called where a model is ask
 # as safetensors calls what may have a fraction
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _NOT_ENOUGH = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template", "merges")
+# spaces, numbers, contractions, ends of lines, other scripts: where tokenizers differ
+_SAMPLE = "def read(self, n):\n    return n  # it's 2,024.50\r\n\n\tÜber 北京 — naïve?  THE END\u00a0🙂"
 # code is read by nothing here without a flag, but is among the files that a portable export must have whole
 _WANTED = ["model*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
@@ -148,13 +150,14 @@ def _built_empty(config: PreTrainedConfig) -> Any:
 
 
 def check_pair(hybrid: Path, hybrid_config: PreTrainedConfig, base: Path, base_config: PreTrainedConfig) -> None:
-    """Raises CheckpointError unless the hybrid was made from this base model."""
+    """Raises CheckpointError unless the hybrid is as it was written, and was made from this base model."""
     if is_hybrid(base_config):
         raise CheckpointError(f"{base} is a hybrid; name the original model")
     for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
         ours, theirs = getattr(hybrid_config, key), getattr(base_config, key)
         if ours != theirs:
             raise CheckpointError(f"{hybrid} has {key} {ours}, {base} has {theirs}; name the model it was made from")
+    check_intact(hybrid)
     origin = hybrid_config.layerboost.get("provenance", {}).get("base", {}).get("digest")
     if origin is not None and origin != digest(base):
         raise CheckpointError(
@@ -345,9 +348,22 @@ def load_tokenizer(folder: Path) -> Any:
         # transformers would make an empty one up
         raise CheckpointError(f"{folder} has no tokenizer; copy tokenizer.json of the original model into it")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, config=_named_config(folder)
+        )
     except Exception as trouble:  # tokenizers raise bare exceptions on damaged files
         raise CheckpointError(f"{folder} has no tokenizer that can be read: {_line(trouble)}") from None
+
+
+def _named_config(folder: Path) -> PreTrainedConfig | None:
+    """Of a model in the hub's cache, its configuration under the model's name, by which transformers knows tokenizers
+    that are not what their files say; None elsewhere."""
+    repository = folder.resolve().parent.parent.name
+    if folder.resolve().parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._name_or_path = repository.removeprefix("models--").replace("--", "/", 1)
+    return config
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -365,11 +381,39 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_beside_weights(original: Path, folder: Path) -> None:
-    """What belongs to a checkpoint and is no weight: its tokenizer, and how it is meant to write."""
+    """What belongs to a checkpoint and is no weight: its tokenizer, and how it is meant to write.
+
+    Raises:
+        CheckpointError: the copy of the tokenizer gives other tokens.
+    """
     for path in [*tokenizer_files(original), Path("generation_config.json")]:
         if (original / path).is_file():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(original / path, folder / path)
+    _keep_tokenizer(original, folder)
+
+
+def _keep_tokenizer(original: Path, folder: Path) -> None:
+    """transformers chooses a tokenizer's class by the type of the model beside it as well, which may overrule the class
+    that the files name; a hybrid has another type, so the class that was chosen is written down."""
+    try:
+        wanted = load_tokenizer(original)
+    except CheckpointError:  # whoever has no use for it may convert without
+        return
+    if type(load_tokenizer(folder)) is not type(wanted):
+        path = folder / "tokenizer_config.json"
+        raw = read_json(path, CheckpointError) if path.exists() else {}
+        write_text(path, json.dumps(raw | {"tokenizer_class": type(wanted).__name__}, indent=2, ensure_ascii=False))
+    if not same_tokens(wanted, load_tokenizer(folder)):
+        raise CheckpointError(
+            f"{original}: its tokenizer, a {type(wanted).__name__}, gives other tokens beside a hybrid, where "
+            f"transformers opens a {type(load_tokenizer(folder)).__name__}; this model cannot be converted faithfully"
+        )
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers cut the same sample into the same tokens."""
+    return bool(one(_SAMPLE)["input_ids"] == other(_SAMPLE)["input_ids"])
 
 
 def _is_tokenizer_file(path: Path) -> bool:

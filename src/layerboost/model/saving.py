@@ -1,4 +1,4 @@
-"""How a hybrid is written: whole, with its tokenizer byte for byte, and read back before it gets its name."""
+"""How a hybrid is written: whole, with its tokenizer, and read back before it gets its name."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def save_hybrid(
 
     Raises:
         TrainingError: a weight is not finite; nothing is published.
-        CheckpointError: what was written does not read back to the same logits; nothing is published.
+        CheckpointError: what was written does not read back to the same logits or tokens; nothing is published.
         EnvironmentTrouble: not enough disk.
     """
     for name, tensor in model.named_parameters():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerboost.artifacts import ModelRecord, Record
+from layerboost.artifacts import ModelRecord, Record, read_json
 from layerboost.errors import CheckpointError
 from layerboost.layer_plan import LayerPlan
 from layerboost.model.loading import (
@@ -20,8 +20,10 @@ from layerboost.model.loading import (
     is_hybrid,
     load_model,
     load_original,
+    load_tokenizer,
     plan_of,
     read_config,
+    same_tokens,
     tokenizer_files,
 )
 from layerboost.progress import say
@@ -66,6 +68,7 @@ def run(
     found = _measure(folder, prompts, dtype, trust_remote_code)
     return [
         _same_tokenizer(folder, other),
+        _same_tokens(folder, other),
         *_logits(prompts, wanted, found, dtype),
         _memory(prompts, found, record, layers, dtype, stock=not is_hybrid(read_config(folder))),
     ]
@@ -77,6 +80,10 @@ def _served(url: str, other: Path, dtype: DTYPES) -> list[Check]:
     prompts = _prompts(record, layers, config.vocab_size, room=served.NEW_TOKENS)
     say(f"{len(prompts)} prompts of {', '.join(prompts)} tokens, {served.NEW_TOKENS} answered, {dtype}")
     answers = served.ask(url, prompts)
+    strange = max((token for answer in answers.values() for token in answer.all_tokens), default=0)
+    if strange >= config.vocab_size:
+        found = f"{strange}, where the hybrid here has {config.vocab_size}: the server has another model"
+        return [Check(name="tokens of one vocabulary", found=found, holds=False)]
     model = load_model(other, dtype=getattr(torch, dtype))
     from_best, from_ours = served.differences(model, prompts, answers)
     return [
@@ -147,16 +154,31 @@ def _measure(folder: Path, prompts: dict[str, Tensor], dtype: DTYPES, trust: boo
 
 def _same_tokenizer(folder: Path, other: Path) -> Check:
     names = {path.as_posix() for where in (folder, other) for path in tokenizer_files(where)}
-    odd = [n for n in sorted(names) if _bytes(folder / n) != _bytes(other / n)]
+    odd = [n for n in sorted(names) if _contents(folder / n) != _contents(other / n)]
     return Check(
-        name="tokenizer, byte for byte",
+        name="files of the tokenizer",
         found=f"{', '.join(odd)} differ" if odd else f"{len(names)} files alike",
         holds=bool(names) and not odd,
     )
 
 
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+def _same_tokens(folder: Path, other: Path) -> Check:
+    """By the classes that transformers opens them with, which depend on the type of the model too."""
+    name = "tokens of a sample"
+    try:
+        one, two = load_tokenizer(folder), load_tokenizer(other)
+    except CheckpointError:
+        return Check(name=name, found="not read: that takes code of its own", holds=True)
+    same = same_tokens(one, two)
+    found = "alike" if same else f"{type(one).__name__} and {type(two).__name__} differ"
+    return Check(name=name, found=found, holds=same)
+
+
+def _contents(path: Path) -> Any:
+    """Bytes; but of a tokenizer's settings all but the class, which is opened and compared, and may be written down."""
+    if path.name != "tokenizer_config.json":
+        return path.read_bytes() if path.exists() else None
+    return read_json(path, CheckpointError) | {"tokenizer_class": None} if path.exists() else {"tokenizer_class": None}
 
 
 def _logits(

@@ -25,6 +25,11 @@ class Answer:
     tokens: list[int]
     logprobs: list[dict[int, float]]
 
+    @property
+    def all_tokens(self) -> list[int]:
+        """Those sampled, and those that a logprob was given of."""
+        return [*self.tokens, *(token for step in self.logprobs for token in step)]
+
 
 def ask(url: str, prompts: dict[str, Tensor]) -> dict[str, Answer]:
     """Greedy answers to `[1, T]` prompts of token numbers.
