@@ -250,6 +250,9 @@ def test_the_table_counts_verdicts():
         ("{models: [m], plan: {length: 64}}", "plan.length is told by length"),
         ("[models]", "must hold keys and values, found list"),
         ("{models: [m], seeds: [-1]}", "seeds.0"),
+        ("{models: [m], seeds: [2024-13-45]}", "cannot be read"),
+        ("{models: [m], replacement_window: 128}", "a window of 128 reaches answers of 256 tokens, .* at least 258"),
+        ("{models: [m], length: 64, analyze: {windows: [4, 32]}}", "a window of 32 reaches answers of 64 tokens"),
     ],
 )
 def test_wrong_jobs(tmp_path, text, message):
@@ -268,6 +271,15 @@ def test_a_job_from_a_file(tmp_path, tiny):
         assert compare.load_job(path).heal.tokens == 100_000
     with pytest.raises(UsageError, match="is a file; name a folder"):
         compare.run(compare.load_job(path), out=path)
+
+
+def test_no_window_reaches_an_answer(tiny, tmp_path, monkeypatch):
+    """Neither a usual one nor the widest within the budget."""
+    monkeypatch.setattr(compare.analyze, "default_windows", lambda _: [4, 31, 32])
+    one = compare.Bout(job(tiny, kv_reduction=0.1, analyze={}), str(tiny), 0, tmp_path)
+    assert one.windows == [4, 31]
+    assert one._window_at_budget(one._mixer("window", 4)) == 31
+    assert compare.Job(models=["m"], replacement_window=127).distance == 128
 
 
 def test_a_missing_second_model_is_told_before_the_first_is_measured(tiny, tmp_path, monkeypatch):

@@ -111,10 +111,18 @@ def test_plans_of_one_judged_by_another(two):
     ]
 
 
-def test_models_of_other_depth_are_not_compared_layer_by_layer():
+def test_models_of_other_depth_are_not_compared_layer_by_layer(capsys):
     found = {"a": made_up(np.ones((2, 3, 6))), "b": made_up(np.ones((2, 3, 4)), layers=4)}
     assert stability.across_files("a", "b", found) == []
     assert stability.transfer("a", "b", found) == []
+    assert "a has 6 layers, b 4: their rankings do not compare" in capsys.readouterr().err
+
+
+def test_layers_that_are_missing(two, tmp_path):
+    one, _, first, _ = two
+    save(one.model_copy(update={"layers": one.layers[1:]}), tmp_path / "less.json")
+    with pytest.raises(PlanError, match="sensitivity has 5 layers, its model has 6"):
+        stability.run([first, tmp_path / "less.json"])
 
 
 def test_what_cannot_be_compared(two, tmp_path):

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Pilots:
     healing: heal.Config
     scratch: Path
 
-    def __call__(self, model: Path, layers: list[LayerPlan], config: plan.Config) -> float:
-        """Weighted loss after a few tokens of healing, on the validation split.
+    def __call__(self, model: Path, layers: list[LayerPlan], config: plan.Config, windows: Sequence[int] = ()) -> float:
+        """Weighted loss after a few tokens of healing, on the validation split, and on probes beyond all `windows`.
 
         The held-out split is never looked at: it is for the evaluation of what comes out. The loss is text KL and what
         recall lacks of the whole, by the sum of the weights of `text_*` metrics and of all others.
@@ -35,7 +35,10 @@ class Pilots:
         with self._emptied():
             convert.run(model, Plan(layers=layers), out=self.scratch / "hybrid")
             healing = brief(self.healing, config)
-            best = heal.run(self.scratch / "hybrid", model, healing, out=self.scratch / "healed").best
+            healed = heal.run(
+                self.scratch / "hybrid", model, healing, out=self.scratch / "healed", compared_windows=windows
+            )
+        best = healed.best
         return text * best.kl + rest * (1 - best.recall)
 
     @contextlib.contextmanager

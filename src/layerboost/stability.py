@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
+from layerboost import plan
 from layerboost.artifacts import Agreement, Estimate, Sensitivity, Stability, Transfer, load, save
 from layerboost.damage import DEFAULT_WEIGHTS, predicted_loss, resampled_losses
 from layerboost.errors import UsageError
 from layerboost.knapsack import options, solve
+from layerboost.progress import say
 from layerboost.provenance import provenance
 
 _KV_REDUCTIONS = (0.4, 0.6, 0.8)
@@ -26,6 +28,7 @@ def run(paths: Sequence[Path], *, out: Path | None = None) -> str:
 
     Raises:
         UsageError: a file is named twice, or has no damages.
+        PlanError: a file's layers are not those of its model.
     """
     names = [str(path) for path in paths]
     if len(set(names)) < len(names):
@@ -34,6 +37,7 @@ def run(paths: Sequence[Path], *, out: Path | None = None) -> str:
     for name, one in found.items():
         if not any(one.layers):
             raise UsageError(f"{name} has no damages of any layer; analyze the model again")
+        plan.check(one)
     measured = Stability(
         probes=[a for name, one in found.items() for a in across_probes(name, one)],
         files=[a for pair in itertools.combinations(found, 2) for a in across_files(*pair, found)],
@@ -61,9 +65,12 @@ def across_probes(name: str, sensitivity: Sensitivity) -> list[Agreement]:
 
 
 def across_files(a: str, b: str, found: dict[str, Sensitivity]) -> list[Agreement]:
-    """The same metric and mixer in two files; by depth where one model has more layers."""
+    """The same metric and mixer in two files, where it was tried in equally many layers."""
     first, second = found[a], found[b]
     rows = []
+    if first.model.num_layers != second.model.num_layers:
+        say(f"{a} has {first.model.num_layers} layers, {b} {second.model.num_layers}: their rankings do not compare")
+        return []
     for label in [label for label in _labels(first) if label in _labels(second)]:
         for metric in (LOSS, *(m for m in _metrics(first) if m in _metrics(second))):
             weights = DEFAULT_WEIGHTS if metric == LOSS else {metric: 1.0}

@@ -30,6 +30,7 @@ from layerboost.artifacts import (
     Sensitivity,
     Share,
     Trial,
+    check_output_file,
     load,
     lock,
     recorded_inputs,
@@ -134,6 +135,11 @@ class Job(Record):
     heal: HealConfig = HealConfig(tokens=_TOKENS)
     plan: Measuring = Measuring()
 
+    @property
+    def distance(self) -> int:
+        """Fewest tokens between an answer and its source."""
+        return self.length // 2
+
     @field_validator("heal", mode="before")
     @classmethod
     def _few_tokens(cls, raw: Any) -> Any:
@@ -144,7 +150,7 @@ def load_job(path: Path) -> Job:
     """Raises UsageError if the file is not a job."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as trouble:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as trouble:
         raise UsageError(f"job {path} cannot be read: {' '.join(str(trouble).split())}; name a YAML file") from None
     if not isinstance(raw, dict):
         raise UsageError(f"job {path} must hold keys and values, found {type(raw).__name__}")
@@ -156,6 +162,12 @@ def load_job(path: Path) -> Job:
     names = [Path(model).name for model in job.models]
     if len(set(names)) < len(names):
         raise UsageError(f"job {path}: models: two are called {max(names, key=names.count)}, as their folders would be")
+    wide = [w for w in (*(job.analyze.windows or []), job.replacement_window) if w >= job.distance]
+    if wide:
+        raise UsageError(
+            f"job {path}: a window of {wide[0]} reaches answers of {job.length} tokens, which stand {job.distance} "
+            f"behind their source; choose narrower windows, or a length of at least {2 * (wide[0] + 1)}"
+        )
     unknown = [metric for metric in job.weights if metric not in plan.MEASURED]
     if unknown:
         raise UsageError(f"job {path}: weights: {unknown[0]!r} is not one of {', '.join(plan.MEASURED)}")
@@ -176,6 +188,7 @@ def run(job: Job, *, out: Path) -> Comparison:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder")
+    check_output_file(out / "comparison.json", Comparison)
     for model in job.models:  # what is missing is told now, and not after hours with the ones before it
         read_config(find_model(model))
     with lock(out):
@@ -211,10 +224,15 @@ class Bout:
         return describe(self.model, self.base, read_config(self.base))
 
     @cached_property
+    def windows(self) -> list[int]:
+        """Those that selectors may use; none of the usual ones that reaches an answer."""
+        windows = analyze.windows_of(self.job.analyze, self.record.context)
+        return [window for window in windows if window < self.job.distance]
+
+    @cached_property
     def usual(self) -> set[str]:
         """Labels of every selector's candidates; replacements are measured beside them."""
-        windows = analyze.windows_of(self.job.analyze, self.record.context)
-        return {plan.label for own in analyze.candidates_for(self.record, windows) for plan in own}
+        return {plan.label for own in analyze.candidates_for(self.record, self.windows) for plan in own}
 
     def run(self) -> list[Entry]:
         say(f"compare: {self.model}, seed {self.seed}")
@@ -263,7 +281,7 @@ class Bout:
         mixers = [self._mixer(name, self.job.replacement_window) for name in self.job.replacements]
         config = self.job.analyze.model_copy(
             update={
-                "seed": self.seed, "length": self.job.length, "weights": self.job.weights,
+                "seed": self.seed, "length": self.job.length, "weights": self.job.weights, "windows": self.windows,
                 "mixers": [mixer for mixer in mixers if mixer.label not in self.usual],
             }
         )  # fmt: skip
@@ -289,13 +307,13 @@ class Bout:
             yield f"aware {name}", {"planner": "milp"}, {mixer.label}
 
     def _window_at_budget(self, mixer: LayerPlan) -> int:
-        """The widest window with which every layer together stays within the budget."""
+        """The widest window with which every layer together stays within the budget, and that reaches no answer."""
         count = self.record.num_layers
         allowed = (1 - self.job.kv_reduction) * self.record.kv_bytes(
             [LayerPlan("full_attention")] * count, self.job.length
         )
         fitting = [
-            w for w in range(1, self.job.length)
+            w for w in range(1, self.job.distance)
             if self.record.kv_bytes([LayerPlan(**(mixer.entry() | {"window": w}))] * count, self.job.length) <= allowed
         ]  # fmt: skip
         return max(fitting, default=1)
@@ -394,7 +412,7 @@ class Bout:
         data = samples(
             open_corpus(self.job.heal.text), load_tokenizer(self.base), config.vocab_size, split="held_out",
             texts=self.job.texts, answers=self.job.answers, length=self.job.length,
-            distance=self.job.length // 2, seed=0,
+            distance=self.job.distance, seed=0,
         )  # fmt: skip
         students = {"base": base} | {
             name: load_model(folder, dtype=dtype, device=device)

@@ -206,6 +206,7 @@ def run(
     *,
     out: Path,
     steps_folder: Path | None = None,
+    compared_windows: Sequence[int] = (),
 ) -> Healing:
     """Heal a converted hybrid and write the merged result to `out`. The same call after a kill goes on where it was.
 
@@ -215,6 +216,7 @@ def run(
         hybrid: what `convert` wrote.
         teacher: the original model it was converted from.
         steps_folder: where states to go on from are kept meanwhile; beside `out` by default.
+        compared_windows: of other plans, whose recovery this one's is compared with: validation asks beyond these too.
 
     Raises:
         CheckpointError: a model cannot be read, or the hybrid was not converted from this teacher.
@@ -241,7 +243,7 @@ def run(
     with lock(steps_folder) if ranks()[0] == 0 else contextlib.nullcontext():
         made_from = inputs(student_folder, folder, config)
         healer = _healer(student_folder, folder, layers, config)
-        rows, validation = _data(healer, folder, config, steps_folder, made_from["model"])
+        rows, validation = _data(healer, folder, config, made_from["model"], compared_windows)
         # rows may come from a data set that changes, or be written anew
         outcome = train(healer, rows, validation, steps_folder, made_from | {"rows": rows_digest(rows.rows)})
         if not healer.changes:
@@ -338,7 +340,9 @@ def check_same_weights(
     return student.own_mixers()
 
 
-def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teacher: str) -> tuple[Rows, Validation]:
+def _data(
+    healer: Healer, folder: Path, config: Config, teacher: str, compared_windows: Sequence[int]
+) -> tuple[Rows, Validation]:
     model, tokenizer = healer.model, load_tokenizer(folder)
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     windows = [plan.window for plan in healer.layers if plan.window is not None]
@@ -369,7 +373,7 @@ def _data(healer: Healer, folder: Path, config: Config, steps_folder: Path, teac
     kept = None
     if config.signals is not None:
         kept = signals(config.signals, healer, rows, config.top_k, teacher, config.signals_from)
-    probe_length, distance = probe_lengths(min(256, length), None, windows, context)
+    probe_length, distance = probe_lengths(min(256, length), None, [*windows, *compared_windows], context)
     validation = samples(
         corpus, tokenizer, vocabulary, split="validation", texts=config.texts, answers=config.answers,
         length=probe_length, distance=distance, seed=config.seed,

@@ -159,8 +159,8 @@ class Config(DataConfig):
 class Pilot(Protocol):
     """Heals a plan of a model briefly."""
 
-    def __call__(self, model: Path, layers: list[LayerPlan], config: Config, /) -> float:
-        """The loss on the validation split."""
+    def __call__(self, model: Path, layers: list[LayerPlan], config: Config, windows: list[int], /) -> float:
+        """The loss on the validation split, on probes that no window reaches of any plan it is compared with."""
 
     def digest(self, model: Path, config: Config, /) -> str:
         """Of all that decides how they are healed."""
@@ -451,11 +451,12 @@ def _piloted(
         say("pilots: only one plan at the budget is known, so there is nothing to compare")
         return found
     how = pilot.digest(folder, config)
-    keys = [kept.key("pilot", how, config.weights, labels) for labels in ranked]
+    windows = sorted({layer.window for labels in ranked for layer in best[labels] if layer.window is not None})
+    keys = [kept.key("pilot", how, config.weights, windows, labels) for labels in ranked]
     for number, (key, labels) in enumerate(zip(keys, ranked, strict=True), 1):
         if key not in kept:
             say(f"pilot {number} of {len(ranked)}")
-            kept[key] = pilot(folder, best[labels], config)
+            kept[key] = pilot(folder, best[labels], config, windows)
     losses = [kept[key] for key in keys]
     for labels, loss in zip(ranked, losses, strict=True):
         say(f"pilot: {' '.join(short(label) for label in labels)} ends at {loss:.4f}")

@@ -29,6 +29,9 @@ class Budget:
     Args:
         model_config: of the base model, as transformers has it; only a throughput budget needs it.
 
+    Attributes:
+        fastest: of all plans asked about so far that meet every other limit, the most throughput over the base's.
+
     Raises:
         PlanError: a throughput budget without a model, or more layers or context asked for than there are.
     """
@@ -50,6 +53,7 @@ class Budget:
         self.model_config = model_config
         if sum(self.at_least.values()) > model.num_layers:
             raise PlanError(f"at_least asks for {sum(self.at_least.values())} layers, the model has {model.num_layers}")
+        self.fastest: float | None = None
         self._speeds: dict[Any, float] = {}
         self._base_rates: dict[int, float] = {}
 
@@ -136,11 +140,22 @@ class Budget:
         if self.most_full is not None:
             total += max(0, sum(plan.mixer == "full_attention" for plan in layers) - self.most_full) / count
         if self.throughput is not None:
-            total += max(0.0, self.throughput - self.speedup(layers))
+            speedup = self.speedup(layers)
+            if total <= _ROUNDING:
+                self.fastest = max(speedup, self.fastest or 0.0)
+            total += max(0.0, self.throughput - speedup)
         return total
 
     def met(self, layers: list[LayerPlan]) -> bool:
         return self.excess(layers) <= _ROUNDING
+
+    def unmet(self) -> str:
+        """That no plan meets it, and how near one came."""
+        near = "" if self.fastest is None else f": the fastest plan that meets the rest gives {self.fastest:.2f} times"
+        return (
+            f"{self.describe()} cannot be met with the candidates that were measured{near}; ask for less, measure "
+            "narrower windows, or lower at_least"
+        )
 
     def describe(self) -> str:
         config = self.config

@@ -98,10 +98,7 @@ class Search:
             return self._save(max_loss, starts)
         best = self._search(starts)
         if best is None:
-            raise PlanError(
-                f"{self.budget.describe()} cannot be met with the candidates that were measured; ask for less, measure "
-                "narrower windows, or lower at_least"
-            )
+            raise PlanError(self.budget.unmet())
         return best
 
     def check(self, best: Plan, max_loss: float | None) -> None:

@@ -52,7 +52,7 @@ def plan_milp(
     if chosen is None:
         least = find(minimise="kv")
         if least is None:
-            raise PlanError(f"{budget.describe()} cannot be met with the candidates that were measured")
+            raise PlanError(budget.unmet())
         raise PlanError(
             f"{budget.describe()} cannot be met: the smallest cache is {budget.kv_share(least):.3f} of the base's at a "
             f"context of {budget.context} tokens; ask for less, measure narrower windows, or lower at_least"
@@ -205,10 +205,7 @@ def _by_make_up(
         return min(met, key=lambda m: (m.kv, m.loss)).layers, front
     chosen = _first_met(every, budget)
     if chosen is None:
-        raise PlanError(
-            f"{budget.describe()} cannot be met with the candidates that were measured; ask for less, measure narrower "
-            "windows, or lower at_least"
-        )
+        raise PlanError(budget.unmet())
     if max_loss is not None and chosen.loss > max_loss + 1e-9:
         raise PlanError(
             f"{budget.describe()} cannot be met together: the least predicted loss is {chosen.loss:.4f}; allow more "
