@@ -61,6 +61,27 @@ def test_prompts_out_of_a_prefix_cache_are_an_error():
     assert _interleaved(engines | {"healed": FakeEngine(0.009)}, LOADS, "ample", 1_000, 2)
 
 
+def test_a_cache_that_is_spread_is_counted_whole():
+    engines = {"base": FakeEngine(0.0), "healed": FakeEngine(0.0)}
+    one, two = (_interleaved(engines, LOADS, "ample", 1_000, 1, devices)[0] for devices in (1, 2))
+    assert one.kv_bytes_per_token["base"] == 0.5 * 900 / 10
+    assert two.kv_bytes_per_token == {name: 2 * held for name, held in one.kv_bytes_per_token.items()}
+    assert two.kv_capacity == one.kv_capacity
+
+
+@pytest.mark.parametrize("layers", [[FULL] * 4, [window(8), FULL, NONE, window(8)]])
+def test_the_cache_holds_a_request_at_least(tmp_path, layers):
+    config = read_config(make_checkpoint(tmp_path / "base", "llama"))
+    serving = bench.Serving(concurrency=[1], prompt_tokens=100, output_tokens=20)
+    told = _options(config, layers, serving, 120, False)
+    token = 4 * 2 * config.num_key_value_heads * config.head_dim * 4  # bytes of all four layers in float32
+    least = kv_memory("limited", config, layers, serving, told)
+    assert 120 * token <= least <= kv_memory("ample", config, layers, serving, told)
+    assert kv_memory(least, config, layers, serving, told) == least
+    with pytest.raises(DataError, match=f"kv {least - 1}: the longest request, of 120 tokens, takes {least} bytes"):
+        kv_memory(least - 1, config, layers, serving, told)
+
+
 def test_both_models_get_the_same_prompts_and_no_prompts_come_twice():
     engines = {"base": FakeEngine(0.0), "healed": FakeEngine(0.0)}
     _interleaved(engines, LOADS, "ample", 1_000, 3)

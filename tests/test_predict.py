@@ -61,7 +61,7 @@ def made_up_bench(path: Path, plan="25/50/25", loads=((200, 256, 64), (50, 512, 
     settings = {
         "model": shape.label + " <b>", "plan": [layer.entry() for layer in layers], "vllm": "0", "repeats": 3,
         "base_config": config.to_diff_dict(), "dtype": "float32", "block_size": 32, "max_num_batched_tokens": 2_048,
-        "device": "cpu", "threads": 2,
+        "device": "cpu", "threads": 2, "serving": {"tensor_parallel": 1},
     }  # fmt: skip
     bench = Bench(
         settings=settings, seconds={}, speed={label(cell): cell.throughput for cell in cells}, context=320,
@@ -86,7 +86,7 @@ def benches(tmp_path_factory):
 
 def test_four_loads_foretell_the_others(benches, tmp_path, monkeypatch):
     probed = TRUTH.model_copy(
-        update={"flops": 9e10, "kv_bandwidth": 1e10, "attention_flops": 6e10, "step_seconds": 2e-3}
+        update={"name": "cpu", "flops": 9e10, "kv_bandwidth": 1e10, "attention_flops": 6e10, "step_seconds": 2e-3}
     )
     monkeypatch.setattr(predict, "find_device", lambda name: probed)
     rows = predict.calibrate_on(benches, "0,2,6,8", "seconds", out=tmp_path / "device.json")
@@ -124,6 +124,29 @@ def test_calibrate_says_what_is_wrong(benches, tmp_path, arguments, code, messag
     assert done.exit_code == code
     assert message in done.output
     assert not (tmp_path / "device.json").exists()
+
+
+def test_calibrate_is_for_the_machine_that_was_measured(benches, tmp_path):
+    found = load(Bench, benches[0])
+    elsewhere = "cpu" if torch.cuda.is_available() else "cuda"
+    save(found.model_copy(update={"settings": found.settings | {"device": elsewhere}}), tmp_path / "bench.json")
+    done = invoke("calibrate", tmp_path / "bench.json", "--out", tmp_path / "device.json")
+    assert done.exit_code == 2
+    assert f"was measured on {elsewhere}" in " ".join(done.output.split())
+    assert not (tmp_path / "device.json").exists()
+
+
+def test_a_cache_that_was_spread_is_played_through_whole(benches):
+    """So much memory on each of two devices is as much as twice of it on one."""
+    found = load(Bench, benches[0])
+    cell = found.serving[0]
+    two = found.model_copy(update={"settings": found.settings | {"serving": {"tensor_parallel": 2}}})
+    twice = cell.model_copy(update={"kv_memory": 2 * cell.kv_memory})
+    spread, whole, half = (
+        predict._both(bench, measured, "seconds")[0].predicted(TRUTH)
+        for bench, measured in ((two, cell), (found, twice), (found, cell))
+    )
+    assert spread == whole < half
 
 
 def test_calibrate_replaces_devices_alone(benches, tmp_path):
@@ -209,3 +232,11 @@ def test_several_devices_hold_more():
         predict.run_shape(Shape(name="llama-3.1-8b"), predict.Config(dtype="float32"), device="l4")
     with pytest.raises(UsageError):
         predict.run_shape(Shape(name="llama"))
+
+
+def test_requests_longer_than_the_context_are_said():
+    few = ["predict", "reference", "--plan", "25/50/25", "concurrency=2", "output_tokens=24"]
+    longer, enough = (invoke(*few, f"prompt_tokens={prompt}") for prompt in (1_001, 1_000))
+    assert longer.exit_code == enough.exit_code == 0
+    assert "requests of 1,025 tokens are longer than the 1,024" in " ".join(longer.stderr.split())
+    assert "longer than" not in enough.stderr

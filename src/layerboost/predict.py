@@ -28,7 +28,9 @@ from layerboost.errors import UsageError
 from layerboost.layer_plan import LayerPlan, full_plan, parse_layers
 from layerboost.model.config import base_config_class, check_plan, native_windows
 from layerboost.model.loading import find_config, is_hybrid, plan_of
+from layerboost.model.mixers import HeadShape
 from layerboost.model.shapes import Shape, named_plan
+from layerboost.progress import say
 from layerboost.vllm.kv import KVLayout, good_block_size, kv_layout
 
 _MOST_FITTED = 4
@@ -107,6 +109,11 @@ def outlook(name: str, model: PreTrainedConfig, layers: list[LayerPlan], config:
         concurrency=config.concurrency, prompt_tokens=config.prompt_tokens, output_tokens=config.output_tokens,
         requests=config.concurrency * config.rounds,
     )  # fmt: skip
+    if (tokens := asked.prompt_tokens + asked.output_tokens) > model.max_position_embeddings:
+        say(
+            f"requests of {tokens:,} tokens are longer than the {model.max_position_embeddings:,} that the model was "
+            "made for, and engines refuse them"
+        )
     found: dict[str, cost.Prediction] = {}
     memory: dict[str, int] = {}
     for which, plan in (("base", full_plan(len(layers))), ("hybrid", layers)):
@@ -166,13 +173,14 @@ def calibrate_on(benches: Sequence[Path], cells: str | None, clock: str, *, out:
     if clock not in ("seconds", "cpu_seconds"):
         raise UsageError(f"clock must be seconds or cpu_seconds, found {clock!r}")
     check_output_file(out, Device)
+    here = find_device("here")
     measured = [
         (f"{path.stem}: {_cell_name(cell)}", cell, _both(bench, cell, clock))
-        for path, bench in ((path, _bench(path)) for path in benches)
+        for path, bench in ((path, _bench(path, here)) for path in benches)
         for cell in bench.serving
     ]
     chosen = _chosen(cells, len(measured))
-    device = cost.calibrate([one for n in chosen for one in measured[n][2]], find_device("here"))
+    device = cost.calibrate([one for n in chosen for one in measured[n][2]], here)
     write_text(out, to_json(device))
     rows = []
     for number, (name, cell, (base, hybrid)) in enumerate(measured):
@@ -199,10 +207,15 @@ def summary(rows: list[Row]) -> str:
     )
 
 
-def _bench(path: Path) -> Bench:
+def _bench(path: Path, here: Device) -> Bench:
     bench = load(Bench, path, UsageError)
     if not bench.serving:
         raise UsageError(f"{path} is not a bench of vLLM; run bench with --engine vllm")
+    if (bench.settings["device"] == "cpu") != here.name.startswith("cpu"):
+        raise UsageError(
+            f"{path} was measured on {bench.settings['device']}, and the device here is {here.name}, whose memory the "
+            "file would give; calibrate on the machine that was measured"
+        )
     return bench
 
 
@@ -227,11 +240,12 @@ def _both(bench: Bench, cell: ServingCell, clock: str) -> tuple[cost.Measured, c
     raw = dict(settings["base_config"])
     model = base_config_class(raw.pop("model_type"))(**raw)
     layers = parse_layers(settings["plan"], "bench")
+    devices = min(settings["serving"]["tensor_parallel"], HeadShape.of(model).groups)  # that keys are spread over
     found = []
     for name, plan in (("base", full_plan(len(layers))), ("healed", layers)):
         work, layout = _counted(model, plan, getattr(torch, settings["dtype"]), settings["block_size"])
         steps = cost.schedule(
-            layout, cell.kv_memory // layout.block_bytes, cell.load, settings["max_num_batched_tokens"]
+            layout, devices * cell.kv_memory // layout.block_bytes, cell.load, settings["max_num_batched_tokens"]
         )
         found.append(cost.Measured(name, work, cost.Counts.of(work, steps), cell.median(name, clock)))
     return found[0], found[1]

@@ -82,7 +82,7 @@ def run(hybrid: str | Path, against: str | Path, config: Config | None = None, *
     """Measure a hybrid against its original.
 
     Raises:
-        CheckpointError: a model cannot be read.
+        CheckpointError: a model cannot be read, is not as it was written, or the two do not belong together.
         DataError: a length does not fit the model.
         EnvironmentTrouble: vLLM is asked for and not installed, or does not start.
         PlanError: vLLM is asked for and cannot run the plan.

@@ -21,7 +21,7 @@ from layerboost.model.config import native_windows
 from layerboost.model.mixers import HeadShape
 from layerboost.progress import progress, say
 from layerboost.vllm import check_servable, require_vllm
-from layerboost.vllm.kv import good_block_size, kv_layout
+from layerboost.vllm.kv import KVLayout, good_block_size, kv_layout
 
 _HIT_RATE_LIMIT = 0.01
 _SHARE_OF_GPU = 0.45  # of two engines on one device; vLLM does not start where less than that is free
@@ -114,13 +114,15 @@ def measure(
     options = _options(base_config, layers, serving, longest, random_weights)
     cells: list[ServingCell] = []
     facts: dict[str, Any] = {}
-    for kv in serving.kv:
+    sizes = [(kv, kv_memory(kv, base_config, layers, serving, options)) for kv in serving.kv]
+    devices = min(serving.tensor_parallel, HeadShape.of(base_config).groups)
+    for kv, memory in sizes:
         loads = serving.loads() + (serving.decode_loads() if kv == "ample" else [])
-        options["kv_cache_memory_bytes"] = memory = kv_memory(kv, base_config, layers, serving, options)
+        options["kv_cache_memory_bytes"] = memory
         with _engines(folders, options) as engines:
             facts = engines["base"].facts
             say(f"KV cache {kv}: {memory:,} bytes; {facts['blocks']:,} blocks of {facts['block_size']} tokens, base")
-            cells += _interleaved(engines, loads, str(kv), memory, repeats)
+            cells += _interleaved(engines, loads, str(kv), memory, repeats, devices)
     return cells, facts
 
 
@@ -163,9 +165,11 @@ def _short(dtype: torch.dtype | str | None) -> str:
 def kv_memory(
     kv: str | int, base_config: PreTrainedConfig, layers: list[LayerPlan], serving: Serving, options: dict[str, Any]
 ) -> int:
-    """Bytes for keys and values, per device."""
-    if isinstance(kv, int):
-        return kv
+    """Bytes for keys and values, per device.
+
+    Raises:
+        DataError: so many bytes do not hold the longest request, for which vLLM would not start.
+    """
     shape = HeadShape.of(base_config)
     dtype = getattr(torch, options["dtype"])
     groups = max(1, shape.groups // serving.tensor_parallel)
@@ -174,19 +178,38 @@ def kv_memory(
         kv_layout(plan, native, 2 * groups * shape.head_dim * dtype.itemsize, block)
         for plan in (full_plan(len(layers)), layers)
     ]
+    least = max(_least_blocks(layout, options["max_model_len"]) * layout.block_bytes for layout in layouts)
+    if isinstance(kv, int):
+        if kv < least:
+            raise DataError(
+                f"kv {kv}: the longest request, of {options['max_model_len']} tokens, takes {least} bytes of cache; "
+                "give at least as much, or choose shorter requests"
+            )
+        return kv
     loads = serving.loads() + (serving.decode_loads() if kv == "ample" else [])
     wanted = [
         max(load.concurrency * layout.blocks(0, load.prompt_tokens + load.output_tokens) for load in loads)
         for layout in layouts
     ]
     if kv == "ample":  # one block of the pool is vLLM's own
-        return max((count + 1) * layout.block_bytes for count, layout in zip(wanted, layouts, strict=True))
-    return int(wanted[0] * serving.limited_share) * layouts[0].block_bytes + layouts[0].block_bytes
+        ample = max((count + 1) * layout.block_bytes for count, layout in zip(wanted, layouts, strict=True))
+        return max(least, ample)
+    return max(least, (int(wanted[0] * serving.limited_share) + 1) * layouts[0].block_bytes)
+
+
+def _least_blocks(layout: KVLayout, tokens: int) -> int:
+    """What vLLM wants of the cache to start: room for a whole request in every group, as if no window had passed."""
+    return len(layout.windows) * (-(-tokens // layout.block_size) + 1) + 1
 
 
 def _interleaved(
-    engines: dict[str, "Engine"], loads: list[Load], kv: str, memory: int, repeats: int
+    engines: dict[str, "Engine"], loads: list[Load], kv: str, memory: int, repeats: int, devices: int = 1
 ) -> list[ServingCell]:
+    """
+    Args:
+        memory: bytes for keys and values, per device.
+        devices: over which keys and values are spread.
+    """
     runs: list[dict[str, list[Served]]] = [{name: [] for name in engines} for _ in loads]
     alone = [{name: engine.measure(_one(load), seed=0) for name, engine in engines.items()} for load in loads]
     with progress(f"vllm, KV {kv}", repeats * len(loads) * len(engines)) as advance:
@@ -206,7 +229,7 @@ def _interleaved(
         cells.append(
             ServingCell(
                 kv=kv, kv_memory=memory, load=load, runs=found,
-                kv_bytes_per_token={name: size / tokens for name, size in held.items()},
+                kv_bytes_per_token={name: size * devices / tokens for name, size in held.items()},
                 kv_capacity={name: int(memory / size * tokens) if size else 0 for name, size in held.items()},
                 throughput=paired(found, "seconds"), cpu_throughput=paired(found, "cpu_seconds"),
             )
