@@ -242,6 +242,15 @@ def test_prompts_of_a_users_own(tiny, tmp_path):
     assert_is(damage["prompts"], hit)
 
 
+def test_prompts_may_hold_what_json_may(tiny, tmp_path):
+    """Other ends of lines inside a string, and half a character."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "one\u2028two\u0085three"}\r\n{"text": "half \\ud83d of it"}\n', encoding="utf-8")
+    assert looked_at(tiny, prompts=path)["prompts"].scored.sum(1).tolist() == [
+        len("one\u2028two\u0085three".encode()) - 1, len("half \ufffd of it".encode()) - 1
+    ]  # fmt: skip
+
+
 def test_padding_to_the_right_changes_nothing(tiny, tmp_path):
     """A short row beside a long one, and beside one as short."""
     damage = [

@@ -3,9 +3,10 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+from string import Template
 
 import pytest
 from typer.testing import CliRunner
@@ -55,7 +56,7 @@ def test_the_verbs_one_by_one(session):
     assert "layer" in results["plan"].output
     assert "recall mean" in results["evaluate"].output
     assert "KV bytes per token" in results["bench"].output
-    assert results["verify"].output.count("yes") == 6
+    assert results["verify"].output.count("yes") == 7
 
 
 @pytest.mark.parametrize("planner", ["greedy", "milp", "gates", "tiers", "uniform", "periodic", "random"])
@@ -100,7 +101,7 @@ def test_verify_fails_with_its_own_exit_code(session, tiny):
     found = call("verify", root / "hybrid", "--against", root / "healed")
     assert found.exit_code == 8
     assert "NO" in found.output
-    assert "1 of 6 checks do not hold" in found.output
+    assert "1 of 7 checks do not hold" in found.output
     assert call("verify", root / "healed", "--against", tiny).exit_code == 3
     assert call("verify", root / "hybrid", "--against", tiny, "--dtype", "int8").exit_code == 2
 
@@ -147,83 +148,88 @@ def test_a_plan_as_a_person_writes_it(tiny, tmp_path):
     assert call("convert", tiny, tmp_path / "plan.json", "--out", tmp_path / "hybrid").exit_code == 0
 
 
-def test_exit_codes_and_one_line_each(session, tiny, tmp_path):
-    root, _ = session
-    (tmp_path / "plan.json").write_text(json.dumps({"schema": 1, "layers": [{"mixer": "full"}] * 4}))
-    stranger = make_checkpoint(tmp_path / "stranger", "llama", vocab_size=300)
-    (tmp_path / "empty").mkdir()
-    out = tmp_path / "out"
-    cases = [
-        (2, "unknown key windws; did you mean windows", ["analyze", tiny, "--out", out, "windws=[4]"]),
-        (2, "is not an override", ["analyze", tiny, "--out", out, "windows"]),
-        (2, "recipe nowhere.yaml cannot be read", ["run", tiny, "--out", out, "--recipe", "nowhere.yaml"]),
-        (2, "unknown key heal.token; did you mean heal.tokens", ["run", tiny, "--out", out, "heal.token=3"]),
-        (2, "is not a finished run", ["report", tmp_path]),
-        (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json"]),
-        (2, "plan.json is a file; name a folder", ["run", tiny, "--out", tmp_path / "plan.json", "--dry-run"]),
-        (2, "is a checkpoint; name another --out", ["run", tiny, "--out", tiny, "--dry-run"]),
-        (2, "'most' is not a share; write 0.6 or 60%", ["plan", out, "--out", out, "--kv-reduction", "most"]),
-        (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out]),
-        (3, "does not exist", ["run", tmp_path / "nowhere", "--out", out, "--dry-run"]),
-        (3, "config.json does not exist", ["analyze", tmp_path / "empty", "--out", out]),
-        (
-            3,
-            "is not that of the teacher",
-            ["heal", root / "hybrid", "--teacher", stranger, "--tokens", "2k", "--out", out],
-        ),
-        (3, "vocab_size", ["evaluate", root / "healed", "--against", stranger, "--out", out]),
-        (3, "not a hybrid; convert it first", ["bench", tiny, "--against", tiny, "--out", out]),
-        (3, "is a file; name the folder", ["inspect", tmp_path / "plan.json"]),
-        (4, "layer 0: mixer", ["convert", tiny, tmp_path / "plan.json", "--out", out]),
-        (4, "cannot be met", ["plan", root / "sensitivity.json", "--out", out, "at_least.full_attention=4"]),
-        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--planner", "greedy"]),
-        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--pilots", "2"]),
-        (4, "name the model with --model", ["plan", root / "sensitivity.json", "--out", out, "--throughput", "2"]),
-        (4, "analyze it", ["plan", root / "sensitivity.json", "--out", out, "--model", stranger]),
-        (4, "does not exist", ["plan", tmp_path / "nowhere.json", "--out", out]),
-        (4, "schema must be 1", ["plan", tiny / "config.json", "--out", out]),
-        (5, "holds no UTF-8 text", ["analyze", tiny, "--out", out, f"text={tmp_path / 'empty'}"]),
-        (5, "less than one sequence", ["heal", root / "hybrid", "--teacher", tiny, "--tokens", "3", "--out", out]),
-        (5, "does not fit a model", ["bench", root / "healed", "--against", tiny, "--out", out, "context=100000"]),
-        (6, "cannot be written", ["plan", root / "sensitivity.json", "--out", tmp_path / "plan.json" / "x.json"]),
-        (2, "Missing option", ["plan", root / "sensitivity.json"]),
-        (2, "empty exists and is no sensitivity.json", ["analyze", tiny, "--out", tmp_path / "empty"]),
-        (2, "is no plan.json", ["plan", root / "sensitivity.json", "--out", root / "sensitivity.json"]),
-        (2, "is no evaluation.json", ["evaluate", root / "healed", "--against", tiny, "--out", tmp_path / "plan.json"]),
-        (2, "is no bench.json", ["bench", root / "healed", "--against", tiny, "--out", Path("/dev/null")]),
-        (4, "is a sensitivity.json; a plan.json is", ["convert", tiny, root / "sensitivity.json", "--out", out]),
-        (2, "healed is a healed model", ["convert", tiny, root / "plan.json", "--out", root / "healed"]),
-        (2, "is a hybrid, and no export", ["export", root / "healed", "--portable", "--out", root / "hybrid"]),
-        (
-            2,
-            "a flag says context already",
-            ["plan", root / "sensitivity.json", "--out", out, "--context", "64", "context=32"],
-        ),
-        (4, "context 99999 is more than the", ["plan", root / "sensitivity.json", "--out", out, "--context", "99999"]),
-        (5, "length 99999 is more than the", ["analyze", tiny, "--out", out, "length=99999"]),
-        (
-            5,
-            "length 99999 is more than the",
-            ["evaluate", root / "healed", "--against", tiny, "--out", out, "length=99999"],
-        ),
-        (2, "found 60; write 60%", ["plan", root / "sensitivity.json", "--out", out, "--kv-reduction", "60"]),
-        (2, "did you mean analyze.kv_reduction or plan.kv_reduction?", ["run", tiny, "--out", out, "kv_reduction=60%"]),
-        (2, "plan.weights: write {text_kl: 1}", ["run", tiny, "--out", out, "plan.weights={text_kl:1}"]),
-        (5, "length 99999 is", ["heal", root / "hybrid", "--teacher", tiny, "--out", out, "length=99999"]),
-        (
-            2,
-            "settings: weights: write {text_kl: 1}",
-            ["plan", root / "sensitivity.json", "--out", out, "weights={text_kl:1}"],
-        ),
-        (2, "No such command", ["analyse"]),
-    ]
-    for code, message, words in cases:
-        result = call(*words)
-        said = " ".join((result.output + result.stderr).replace("│", " ").split())
-        assert result.exit_code == code, f"{words}: exit {result.exit_code}: {said} {result.exception!r}"
-        assert message in said, f"{words}: {said}"
-        assert "Traceback" not in said
-        assert not out.exists()
+@pytest.fixture(scope="module")
+def places(session, tiny, tmp_path_factory):
+    """What `TROUBLES` speak of: a session's folder; a model; another; what is none of them; and a place for results."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "plan.json").write_text(json.dumps({"schema": 1, "layers": [{"mixer": "full"}] * 4}))
+    (other / "empty").mkdir()
+    (other / "job.yaml").write_text(f"models: [{tiny}]\n")
+    (other / "notes").mkdir()
+    (other / "notes" / "comparison.json").write_text("mine")
+    shutil.copytree(session[0] / "hybrid", other / "damaged")
+    (other / "damaged" / "generation_config.json").write_text("{}")
+    stranger = make_checkpoint(other / "stranger", "llama", vocab_size=300)
+    return {"root": session[0], "tiny": tiny, "other": other, "stranger": stranger, "out": other / "out"}
+
+
+TROUBLES = [
+    (2, "unknown key windws; did you mean windows", "analyze $tiny --out $out windws=[4]"),
+    (2, "is not an override", "analyze $tiny --out $out windows"),
+    (2, "recipe nowhere.yaml cannot be read", "run $tiny --out $out --recipe nowhere.yaml"),
+    (2, "unknown key heal.token; did you mean heal.tokens", "run $tiny --out $out heal.token=3"),
+    (2, "tiers.score: task:x is not measured", "run $tiny --out $out plan.planner=tiers plan.tiers.score=task:x"),
+    (2, "is not a finished run", "report $other"),
+    (2, "plan.json is a file; name a folder", "run $tiny --out $other/plan.json"),
+    (2, "plan.json is a file; name a folder", "run $tiny --out $other/plan.json --dry-run"),
+    (2, "is a checkpoint; name another --out", "run $tiny --out $tiny --dry-run"),
+    (2, "'most' is not a share; write 0.6 or 60%", "plan $out --out $out --kv-reduction most"),
+    (3, "does not exist", "run $other/nowhere --out $out"),
+    (3, "does not exist", "run $other/nowhere --out $out --dry-run"),
+    (3, "config.json does not exist", "analyze $other/empty --out $out"),
+    (3, "is not that of the teacher", "heal $root/hybrid --teacher $stranger --tokens 2k --out $out"),
+    (3, "config.json is missing or not as it was written", "evaluate $other/damaged --against $tiny --out $out"),
+    (3, "config.json is missing or not as it was written", "bench $other/damaged --against $tiny --out $out"),
+    (3, "vocab_size", "evaluate $root/healed --against $stranger --out $out"),
+    (3, "not a hybrid; convert it first", "bench $tiny --against $tiny --out $out"),
+    (3, "is a file; name the folder", "inspect $other/plan.json"),
+    (4, "layer 0: mixer", "convert $tiny $other/plan.json --out $out"),
+    (4, "cannot be met", "plan $root/sensitivity.json --out $out at_least.full_attention=4"),
+    (4, "name the model with --model", "plan $root/sensitivity.json --out $out --planner greedy"),
+    (4, "name the model with --model", "plan $root/sensitivity.json --out $out --pilots 2"),
+    (4, "name the model with --model", "plan $root/sensitivity.json --out $out --throughput 2"),
+    (4, "analyze it", "plan $root/sensitivity.json --out $out --model $stranger"),
+    (4, "does not exist", "plan $other/nowhere.json --out $out"),
+    (4, "schema must be 1", "plan $tiny/config.json --out $out"),
+    (5, "holds no UTF-8 text", "analyze $tiny --out $out text=$other/empty"),
+    (5, "less than one sequence", "heal $root/hybrid --teacher $tiny --tokens 3 --out $out"),
+    (5, "does not fit a model", "bench $root/healed --against $tiny --out $out context=100000"),
+    (6, "cannot be written", "plan $root/sensitivity.json --out $other/plan.json/x.json"),
+    (2, "Missing option", "plan $root/sensitivity.json"),
+    (2, "empty exists and is no sensitivity.json", "analyze $tiny --out $other/empty"),
+    (2, "is no plan.json", "plan $root/sensitivity.json --out $root/sensitivity.json"),
+    (2, "is no evaluation.json", "evaluate $root/healed --against $tiny --out $other/plan.json"),
+    (2, "is no bench.json", "bench $root/healed --against $tiny --out /dev/null"),
+    (2, "is no comparison.json", "compare $other/job.yaml --out $other/notes"),
+    (4, "is a sensitivity.json; a plan.json is", "convert $tiny $root/sensitivity.json --out $out"),
+    (2, "healed is a healed model", "convert $tiny $root/plan.json --out $root/healed"),
+    (2, "is a hybrid, and no export", "export $root/healed --portable --out $root/hybrid"),
+    (2, "a flag says context already", "plan $root/sensitivity.json --out $out --context 64 context=32"),
+    (4, "context 99999 is more than the", "plan $root/sensitivity.json --out $out --context 99999"),
+    (5, "length 99999 is more than the", "analyze $tiny --out $out length=99999"),
+    (5, "length 99999 is more than the", "evaluate $root/healed --against $tiny --out $out length=99999"),
+    (2, "found 60; write 60%", "plan $root/sensitivity.json --out $out --kv-reduction 60"),
+    (2, "did you mean analyze.kv_reduction or plan.kv_reduction?", "run $tiny --out $out kv_reduction=60%"),
+    (2, "plan.weights: write {text_kl: 1}", "run $tiny --out $out plan.weights={text_kl:1}"),
+    (5, "distance 60 does not fit probes of 64", "run $tiny --out $out evaluate.length=64 evaluate.distance=60"),
+    (5, "distance 16 is within a window of 16", "run $tiny --out $out evaluate.distance=16 analyze.windows=[8,16]"),
+    (5, "distance 16 is within a window of 16", "run $tiny --out $out analyze.distance=16 analyze.windows=[8,16]"),
+    (5, "distance 250 does not fit probes of 256", "run $tiny --out $out plan.measuring.distance=250"),
+    (5, "length 99999 is", "heal $root/hybrid --teacher $tiny --out $out length=99999"),
+    (2, "settings: weights: write {text_kl: 1}", "plan $root/sensitivity.json --out $out weights={text_kl:1}"),
+    (2, "--window is of the sliding share of --plan", "predict $root/healed --window 32"),
+    (2, "No such command", "analyse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "message", "line"), TROUBLES, ids=[line for _, _, line in TROUBLES])
+def test_exit_codes_and_one_line_each(places, code, message, line):
+    result = call(*(Template(word).substitute(places) for word in line.split()))
+    said = " ".join((result.output + result.stderr).replace("│", " ").split())
+    assert result.exit_code == code, f"{said} {result.exception!r}"
+    assert message in said
+    assert "Traceback" not in said
+    assert not places["out"].exists()
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from layerboost import heal
 from layerboost.cost.device import known_device
 from layerboost.estimate import estimate, healing_flops, healing_memory, healing_seconds
 from layerboost.heal.student import Counts, Healer
-from layerboost.model.loading import load_original, read_config
+from layerboost.model.loading import find_model, load_original, read_config
 from layerboost.recipe import load_recipe
 from tests.conftest import FAMILIES
 from tests.test_heal import scored
 from tests.tiny import make_checkpoint, some_tokens, window
 
+REFERENCE = find_model("reference")
 BATCH, LENGTH = 2, 64
 SETTINGS = {"tokens": BATCH * LENGTH, "length": LENGTH, "batch": BATCH, "rank": 4, "targets": ["changed"]}
 SIZES = {"hidden_size": 128, "intermediate_size": 448, "head_dim": 32, "num_key_value_heads": 1, "vocab_size": 512}
@@ -114,6 +115,22 @@ def test_time_is_shared_by_devices(llama):
     alone = healing_seconds(config, settings, device)
     assert alone == pytest.approx(healing_flops(config, settings) / (0.36 * 989e12))
     assert healing_seconds(config, settings, device, 8) == pytest.approx(alone / 8)
+
+
+def test_times_are_of_sequences_as_long_as_windows_make_them():
+    """Windows of 64 and 512 in a context of 8,192: probes get 2,048 tokens long."""
+    config = read_config(REFERENCE)
+    config.max_position_embeddings = 8_192
+    by_default, written, short = (
+        estimate(config, load_recipe("default", ["device=cpu", *words]), 1.0).seconds
+        for words in (
+            [], [f"{verb}.length=2048" for verb in ("analyze", "plan.measuring", "evaluate")], ["analyze.windows=[64]"]
+        )
+    )  # fmt: skip
+    for verb in ("analyze", "plan", "evaluate"):
+        assert by_default[verb] == written[verb] > 3 * short[verb]
+    more = estimate(config, load_recipe("default", ["device=cpu", "analyze.long_answers=1000"]), 1.0).seconds
+    assert more["analyze"] > 2 * by_default["analyze"]
 
 
 def test_a_run_holds_two_models_or_a_healing(llama):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import layerboost  # noqa: F401, teaches transformers the hybrids
 from layerboost import convert, evaluate
-from layerboost.artifacts import Evaluation, TaskScore
+from layerboost.artifacts import MANIFEST, Evaluation, TaskScore
 from layerboost.cli import app
 from layerboost.data.sequences import Sequences
 from layerboost.errors import DataError, EnvironmentTrouble, UsageError
@@ -49,6 +49,7 @@ def folders(tiny, tmp_path_factory):
     weights = load_file(root / "healed" / "model.safetensors")
     changed = {name: 1.05 * tensor if "mlp" in name else tensor for name, tensor in weights.items()}
     save_file(changed, root / "healed" / "model.safetensors", {"format": "pt"})
+    (root / "healed" / MANIFEST).unlink()  # which says what was written
     return {"base": tiny, "converted": root / "converted", "healed": root / "healed"}
 
 

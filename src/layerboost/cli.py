@@ -74,7 +74,8 @@ def troubles(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
             _part()
         except LayerBoostError as trouble:
-            tell(f"error: {trouble}")
+            # a slip of the user's is the same in every process
+            (say if type(trouble) is UsageError else tell)(f"error: {trouble}")
             raise typer.Exit(trouble.exit_code) from None
         except KeyboardInterrupt:
             goes_on = function.__name__ in _RESUMED
@@ -372,6 +373,8 @@ def predict(
 
     model, settings = _model_or_settings(model, settings)
     config = configured(predict_verb.Config, settings)
+    if shape is None and plan is None and window is not None:
+        raise UsageError("--window is of the sliding share of --plan; name a plan, or leave it out")
     if shape is not None and model is not None:
         raise UsageError("--shape stands in place of a model; leave one of the two out")
     if model is not None and plan is not None:
@@ -440,7 +443,7 @@ def calibrate(
 @troubles
 def serve(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(help="Folder of a hybrid, or of any model.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="A hybrid, or a model that could become one.", metavar="PATH")],
 ) -> None:
     """Serve a checkpoint on vLLM, on 127.0.0.1; what follows PATH goes to vLLM."""
     _quiet()

@@ -8,8 +8,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from layerboost import analyze, bench, evaluate, heal, plan
+from layerboost.analyze import looking
 from layerboost.cost.device import Device
 from layerboost.cost.work import work_of
+from layerboost.data.probes import PROBES
+from layerboost.data.samples import probe_lengths, sequence_length
 from layerboost.heal.losses import LOSSES
 from layerboost.layer_plan import full_plan
 from layerboost.model.config import empty_model
@@ -46,25 +49,27 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
         flops_per_second: of this machine; None leaves the times out.
     """
     parameters, embedding = count_parameters(config)
-    layers = config.num_hidden_layers
+    layers, longest = config.num_hidden_layers, config.max_position_embeddings
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
-    windows = analyze.windows_of(analyzed, config.max_position_embeddings)
+    windows = analyze.windows_of(analyzed, longest)
     widest = [*windows, *(mixer.window for mixer in analyzed.mixers if mixer.window is not None)]
-    length, _ = heal.sequences(healing, config.max_position_embeddings, widest)  # if the plan has the widest
+    length, _ = heal.sequences(healing, longest, widest)  # if the plan has the widest, here and below
     healing = healing.model_copy(update={"length": length})
     evaluated, benched = recipe.section(evaluate.Config, "evaluate"), recipe.section(bench.Config, "bench")
     forward = 2 * (parameters - embedding + config.vocab_size * config.hidden_size)
     mixers = 1 + len(analyzed.mixers) + len(windows)
     suffixes = (layers + 1) / 2 * mixers + 6  # the cheap estimates take six passes
-    looked_at = (analyzed.texts + 3 * analyzed.answers) * analyzed.length
-    scored = (evaluated.texts + 3 * evaluated.answers) * evaluated.length
+    looked_at = looking.tokens(analyzed, windows, longest)
+    scored = (evaluated.texts + len(PROBES) * evaluated.answers) * evaluate.lengths(evaluated, longest, widest)[0]
     planned = recipe.section(plan.Config, "plan")
     searched = planned.planner in (None, "greedy")
-    measured = (planned.measuring.texts + 3 * planned.measuring.answers) * planned.measuring.length
-    context = benched.context or min(config.max_position_embeddings, 1_024)
+    measuring = planned.measuring
+    stretched, _ = probe_lengths(sequence_length(measuring, longest), measuring.distance, widest, longest)
+    measured = (measuring.texts + len(PROBES) * measuring.answers) * stretched
+    context = benched.context or min(longest, 1_024)
     work = {
         "analyze": forward * looked_at * (1 + suffixes),
-        "plan": forward * measured * planned.measuring.naive_passes * (1 + layers * mixers) * searched
+        "plan": forward * measured * measuring.naive_passes * (1 + layers * mixers) * searched
         + planned.pilots * healing_flops(config, brief(healing, planned)),
         "convert": 0.0,
         "heal": healing_flops(config, healing),

@@ -1,6 +1,6 @@
 """evaluate: how close are the converted and the healed hybrid to the original, on data that nothing else has seen?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -70,14 +70,22 @@ class Config(DataConfig):
     task_folder: Path | None = None
 
 
-def check(config: Config, context: int, stretched: int = 0) -> None:
-    """Raises DataError for lengths that do not fit a model; windows may have `stretched` the sequences."""
-    length = max(sequence_length(config, context), stretched)
+def lengths(config: Config, context: int, windows: Sequence[int]) -> tuple[int, int]:
+    """Length of sequences and distance of probes, in tokens.
+
+    Args:
+        windows: of the plan, or those that it may get.
+
+    Raises:
+        DataError: they do not fit the model, or a window reaches as far as the distance.
+    """
+    length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
     if config.completions and length // 2 + config.new_tokens > context:
         raise DataError(
             f"completions of {config.new_tokens} new_tokens after {length // 2} do not fit the model's context of "
             f"{context}; ask for fewer new_tokens, or completions=0"
         )
+    return length, distance
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def run(
     Two models are in memory: the last has the original's own weights.
 
     Raises:
-        CheckpointError: a model cannot be read, or the two do not belong together.
+        CheckpointError: a model cannot be read, is not as it was written, or the two do not belong together.
         DataError: too little held-out text, or a task's data are not on this machine.
         UsageError: there is no such task.
         EnvironmentTrouble: tasks are asked for, and lm-eval is not installed.
@@ -128,8 +136,7 @@ def run(
     check_pair(hybrid_folder, hybrid_config, folder, base_config)
     windows = [plan.window for plan in layers if plan.window is not None]
     context = base_config.max_position_embeddings
-    length, distance = probe_lengths(sequence_length(config, context), config.distance, windows, context)
-    check(config, context, length)
+    length, distance = lengths(config, context, windows)
     asked = load_tasks(config.tasks, config.task_folder)
     device = pick_device(config.device)
     dtype = torch.float32 if device == "cpu" else None

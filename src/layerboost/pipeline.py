@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from layerboost import analyze, bench, convert, evaluate, heal, plan
 from layerboost import report as report_verb
+from layerboost.analyze import looking
 from layerboost.artifacts import (
     HEALING,
     Bench,
@@ -178,9 +179,11 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     healing, evaluating = recipe.section(heal.Config, "heal"), recipe.section(evaluate.Config, "evaluate")
     benching = recipe.section(bench.Config, "bench")
     context = config.max_position_embeddings
-    for looking in (analyzing, planning.measuring):
-        sequence_length(looking, context)
-    evaluate.check(evaluating, context)
+    windows = analyze.windows_of(analyzing, context)
+    looking.lengths(analyzing, windows, context)
+    sequence_length(planning.measuring, context)
+    tried = [*windows, *(mixer.window for mixer in analyzing.mixers if mixer.window is not None)]
+    evaluate.lengths(evaluating, context, tried)
     for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
     check_sources(healing.data or [])
@@ -198,7 +201,7 @@ def _check_planning(config: PreTrainedConfig, analyzing: analyze.Config, plannin
     candidates = analyze.candidates_for(record, analyze.windows_of(analyzing, record.context), analyzing.mixers)
     analyze.check_weights(analyzing, [*analyzing.weights, *planning.weights])
     if planning.planner == "tiers":
-        analyze.check_weights(analyzing, [planning.tiers.score])
+        analyze.check_weights(analyzing, [planning.tiers.score], "tiers.score")
     if planning.planner in ("greedy", "gates"):
         plan.measuring_lengths(planning.measuring, candidates, record.context)
 

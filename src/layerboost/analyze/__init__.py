@@ -194,7 +194,7 @@ def _measure(
     )  # fmt: skip
 
 
-def check_weights(config: Config, metrics: Iterable[str]) -> None:
+def check_weights(config: Config, metrics: Iterable[str], setting: str = "weights") -> None:
     """Raises UsageError for a metric that an analysis with these settings does not measure, which may take hours."""
     nothing = {f"{kind}.{score}": np.zeros(0) for kind in kinds(config) for score in ("kl", "nll", "hit", "lead")}
     measured = [*damages(nothing, nothing), *([] if config.stream else config.estimators)]
@@ -203,7 +203,7 @@ def check_weights(config: Config, metrics: Iterable[str]) -> None:
     for metric in metrics:
         if metric not in measured:
             raise UsageError(
-                f"weights: {metric} is not measured with these settings; it is one of {', '.join(measured)}"
+                f"{setting}: {metric} is not measured with these settings; it is one of {', '.join(measured)}"
             )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerboost.data.corpus import open_corpus
+from layerboost.data.corpus import open_corpus, well_formed
 from layerboost.data.probes import PROBES, probe_sequences
 from layerboost.data.samples import TEXT, TURN, check_vocabulary, probe_lengths, probe_maker, samples, sequence_length
 from layerboost.data.sequences import Sequences, beginning, text_sequences
@@ -34,6 +34,38 @@ def _distances(config: "Config") -> list[int | None]:
     return [*config.distance] if isinstance(config.distance, list) else [config.distance]
 
 
+def lengths(config: "Config", windows: Sequence[int], context: int) -> tuple[int, list[int]]:
+    """Length and distances of recall probes, in tokens; where a window reaches half a probe's length, they get longer.
+
+    Args:
+        windows: besides those of `config.mixers`.
+
+    Raises:
+        DataError: they do not fit the model, or a window reaches as far as a distance.
+    """
+    wanted = sequence_length(config, context)
+    found = [probe_lengths(wanted, distance, _all_windows(config, windows), context) for distance in _distances(config)]
+    return max(length for length, _ in found), [distance for _, distance in found]
+
+
+def _all_windows(config: "Config", windows: Sequence[int]) -> list[int]:
+    return [*windows, *(mixer.window for mixer in config.mixers if mixer.window is not None)]
+
+
+def tokens(config: "Config", windows: Sequence[int], context: int) -> int:
+    """Of one helping of data, prompts of the user's own left out."""
+    length, distances = lengths(config, windows, context)
+    return (
+        (config.texts + len(PROBES) * len(distances) * config.answers) * length
+        + config.long_answers * _long_length(config, length, context)
+        + config.generations * (length // 2 + config.new_tokens)
+    )
+
+
+def _long_length(config: "Config", length: int, context: int) -> int:
+    return min(config.long_length or 4 * length, context)
+
+
 def _name(probe: str, distance: int | None, distances: Sequence[int | None]) -> str:
     return f"{probe}@{distance}" if len(distances) > 1 else probe
 
@@ -42,18 +74,16 @@ class Looking:
     """Draws the data of an analysis, as many helpings as it asks for.
 
     Attributes:
-        length, distances: of recall probes, in tokens; where a window reaches half a probe's length, probes get longer.
+        length, distances: of recall probes, in tokens.
     """
 
     def __init__(self, model: Hybrid, tokenizer: Any, config: "Config", windows: list[int]) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.corpus = open_corpus(config.text)
         self.context: int = model.config.max_position_embeddings
-        self.widest = max([0, *windows, *(mixer.window or 0 for mixer in config.mixers)])
-        wanted = sequence_length(config, self.context)
-        found = [probe_lengths(wanted, distance, [self.widest], self.context) for distance in _distances(config)]
-        self.length, self.distances = max(length for length, _ in found), [distance for _, distance in found]
-        if self.length != wanted:
+        self.widest = max(_all_windows(config, windows), default=0)
+        self.length, self.distances = lengths(config, windows, self.context)
+        if self.length != (wanted := sequence_length(config, self.context)):
             say(f"probes are {self.length} tokens long instead of {wanted}, so that no window reaches their answers")
 
     def data(self, turn: int) -> dict[str, Sequences]:
@@ -88,7 +118,7 @@ class Looking:
 
     def _long(self, turn: int) -> Sequences:
         """Answers to questions about what stands early in long prompts."""
-        length = min(self.config.long_length or 4 * self.length, self.context)
+        length = _long_length(self.config, self.length, self.context)
         if length // 2 < self.widest:
             raise DataError(
                 f"long prompts of {length} tokens ask for what is {length // 2} tokens back, within a window of "
@@ -132,7 +162,7 @@ class Looking:
         rows: list[tuple[list[int], int]] = []
         begin = [token for token in (beginning(self.tokenizer),) if token is not None]
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold the other ends of lines
         except (OSError, UnicodeDecodeError) as trouble:
             raise DataError(f"prompts {path} cannot be read: {trouble}; name a file of JSON lines") from None
         for number, line in enumerate(lines, 1):
@@ -164,7 +194,8 @@ def _prompt_of(line: str, where: str) -> tuple[str, str]:
         raw = None
     for keys in (("prompt", "answer"), ("text",)):
         if isinstance(raw, dict) and set(raw) == set(keys) and all(isinstance(raw[key], str) for key in keys):
-            return (raw["prompt"], raw["answer"]) if len(keys) > 1 else ("", raw["text"])
+            texts = [well_formed(raw[key]) for key in keys]
+            return (texts[0], texts[1]) if len(keys) > 1 else ("", texts[0])
     raise DataError(
         f"{where}: must be a JSON object with the keys prompt and answer, or with the key text, all strings"
     )

@@ -128,6 +128,7 @@ class ProbeMaker:
         return self.rng.choice(self.words, count)
 
 
+BESIDES = 24  # tokens that a probe needs beside the distance between an answer and its source
 PROBES: dict[str, Callable[[ProbeMaker, int, int | None], Row]] = {
     "copy": ProbeMaker.copy,
     "key_value": ProbeMaker.key_value,
@@ -147,10 +148,10 @@ def probe_sequences(maker: ProbeMaker, probe: str, *, count: int, length: int, d
         DataError: the length leaves no room for such a distance.
     """
     room = length - (maker.begin is not None)
-    if distance is not None and not 1 <= distance <= room - 24:
+    if distance is not None and not 1 <= distance <= room - BESIDES:
         raise DataError(
-            f"probe distance {distance} does not fit probes of {length} tokens; choose 1 to {room - 24}, or longer "
-            "probes"
+            f"probe distance {distance} does not fit probes of {length} tokens; choose 1 to {room - BESIDES}, or "
+            "longer probes"
         )
     if length < 32 or length > len(maker.text):
         raise DataError(f"probe length {length} must be at least 32 and at most the {len(maker.text)} tokens of text")

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from layerboost.artifacts import Record, text_digest
 from layerboost.data.corpus import Corpus, Split, open_corpus, standard_library
-from layerboost.data.probes import PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
+from layerboost.data.probes import BESIDES, PROBES, ProbeMaker, as_pairs, ordinary_tokens, probe_sequences
 from layerboost.data.sequences import Sequences, Wanted, beginning, text_sequences, token_stream
 from layerboost.data.sources import (
     Generate,
@@ -264,7 +264,8 @@ def probe_lengths(length: int, distance: int | None, windows: Sequence[int], con
     window, as far as the model's context allows.
 
     Raises:
-        DataError: a chosen distance is within reach of a window, or the context is too short for probes.
+        DataError: a chosen distance is within reach of a window or does not fit the length, or the context is too short
+            for probes.
     """
     widest = max(windows, default=0)
     if distance is not None:
@@ -273,11 +274,16 @@ def probe_lengths(length: int, distance: int | None, windows: Sequence[int], con
                 f"probe distance {distance} is within a window of {widest}, so the probes would not notice what the "
                 f"window loses; choose a distance of at least {widest + 1}"
             )
+        if distance > length - BESIDES:
+            raise DataError(
+                f"probe distance {distance} does not fit probes of {length} tokens; choose at most {length - BESIDES}, "
+                "or longer probes"
+            )
         return length, distance
     if widest > length // 2:
         length = 4 * widest
     length = min(length, context)
-    distance = max(length // 2, min(widest + 1, length - 24))
+    distance = max(length // 2, min(widest + 1, length - BESIDES))
     if length < 64 or distance <= widest:
         raise DataError(
             f"the model's context of {context} tokens is too short for probes beyond a window of {widest}; choose "
