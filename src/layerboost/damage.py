@@ -29,6 +29,16 @@ _DIVERGENCE = re.compile("_(kl|nll)(?=@|$)")
 _SAME = 1e-6
 
 
+def check_sensitivity(sensitivity: Sensitivity) -> None:
+    """Raises PlanError if the layers do not fit together."""
+    model = sensitivity.model
+    for name, count in (("layers", len(sensitivity.layers)), ("native_windows", len(model.native_windows))):
+        if count != model.num_layers:
+            raise PlanError(
+                f"sensitivity has {count} {name}, its model has {model.num_layers}; analyze the model again"
+            )
+
+
 def damage_of(candidate: Candidate, metric: str) -> Damage:
     """Raises PlanError if the metric was not measured."""
     if metric not in candidate.damage:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from layerboost import plan
 from layerboost.artifacts import Agreement, Estimate, Sensitivity, Stability, Transfer, load, save
-from layerboost.damage import DEFAULT_WEIGHTS, predicted_loss, resampled_losses
+from layerboost.damage import DEFAULT_WEIGHTS, check_sensitivity, predicted_loss, resampled_losses
 from layerboost.errors import UsageError
 from layerboost.knapsack import options, solve
 from layerboost.progress import say
@@ -37,7 +36,7 @@ def run(paths: Sequence[Path], *, out: Path | None = None) -> str:
     for name, one in found.items():
         if not any(one.layers):
             raise UsageError(f"{name} has no damages of any layer; analyze the model again")
-        plan.check(one)
+        check_sensitivity(one)
     measured = Stability(
         probes=[a for name, one in found.items() for a in across_probes(name, one)],
         files=[a for pair in itertools.combinations(found, 2) for a in across_files(*pair, found)],

@@ -32,7 +32,16 @@ from layerboost.artifacts import (
     save,
     text_digest,
 )
-from layerboost.damage import DEFAULT_WEIGHTS, Weights, candidate_loss, damages, predicted_loss, reason, weighted
+from layerboost.damage import (
+    DEFAULT_WEIGHTS,
+    Weights,
+    candidate_loss,
+    check_sensitivity,
+    damages,
+    predicted_loss,
+    reason,
+    weighted,
+)
 from layerboost.data.corpus import open_corpus
 from layerboost.data.probes import PROBES
 from layerboost.data.samples import TEXT, DataConfig, data_inputs, probe_lengths, samples, sequence_length
@@ -216,7 +225,7 @@ def run(
     asked = config or Config()
     if not isinstance(sensitivity, Sensitivity):
         sensitivity = load(Sensitivity, sensitivity)
-    check(sensitivity)
+    check_sensitivity(sensitivity)
     folder = None if model is None else find_model(model)
     planner = asked.planner or ("milp" if folder is None else "greedy")
     config = settled(asked, planner)
@@ -516,16 +525,6 @@ def layers_digest(layers: list[LayerPlan]) -> str:
 def edited(plan: Plan) -> bool:
     """Whether a person wrote the layers, or changed them since they were planned."""
     return plan.provenance.get("layers_digest") != layers_digest(plan.layers)
-
-
-def check(sensitivity: Sensitivity) -> None:
-    """Raises PlanError if the layers do not fit together."""
-    model = sensitivity.model
-    for name, count in (("layers", len(sensitivity.layers)), ("native_windows", len(model.native_windows))):
-        if count != model.num_layers:
-            raise PlanError(
-                f"sensitivity has {count} {name}, its model has {model.num_layers}; analyze the model again"
-            )
 
 
 def predict(
