@@ -116,7 +116,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(tmp_path, monkeypa
 
 
 def test_an_engine_that_does_not_start_is_one_line():
-    serving = Serving(concurrency=[2], prompt_tokens=20, output_tokens=4, kv=[1])
+    serving = Serving(concurrency=[2], prompt_tokens=20, output_tokens=4, kv=[10**15])  # bytes, which are nowhere
     with pytest.raises(EnvironmentTrouble, match="vLLM could not serve the base model: ") as trouble:
         run_shape(SHAPE, Config(engine="vllm", serving=serving))
     assert "\n" not in str(trouble.value)

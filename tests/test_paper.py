@@ -69,6 +69,7 @@ def test_a_slip_in_a_task_is_found_before_any_work(tiny, tmp_path):
             load_recipe(
                 "paper",
                 [
+                    "analyze.windows=[4]",
                     "heal.length=64",
                     "bench.serving={prompt_tokens: 64, output_tokens: 16}",
                     "evaluate.tasks=[chose]",
