@@ -233,6 +233,23 @@ def test_exit_codes_and_one_line_each(places, code, message, line):
 
 
 @pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["analyze", "reference", "--out", "x.json", "windws=[4]"], 2, ""),  # the first process says it for all
+        (["analyze", "./nowhere", "--out", "x.json"], 3, "rank 1: error: ./nowhere does not exist"),
+    ],
+)
+def test_what_one_of_several_processes_says(tmp_path, words, code, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "layerboost.cli", *words], cwd=tmp_path, env=os.environ | {"RANK": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert ("error" in done.stderr) == bool(said)
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("verb", "said"), [("analyze", "the same command goes on"), ("evaluate", "nothing was written")]
 )
 def test_interrupted(monkeypatch, tmp_path, verb, said):

@@ -297,6 +297,14 @@ def test_a_hybrid_cuts_text_as_its_original_does(tmp_path, family, named, opened
     assert all(check.holds for check in verify.run(hybrid, base))
 
 
+def test_verify_notices_other_tokens(tmp_path):
+    base = make_checkpoint(tmp_path / "base", "mistral")
+    hybrid = convert.run(base, Plan(layers=[window(8)] * 4), out=tmp_path / "hybrid")
+    raw = json.loads((hybrid / "tokenizer_config.json").read_text())
+    (hybrid / "tokenizer_config.json").write_text(json.dumps(raw | {"tokenizer_class": "LlamaTokenizer"}))
+    assert [check.name for check in verify.run(hybrid, base) if not check.holds] == ["tokens of a sample"]
+
+
 def test_a_copy_that_cuts_text_otherwise_is_not_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("layerboost.model.loading.same_tokens", lambda *_: False)
     with pytest.raises(CheckpointError, match="gives other tokens beside a hybrid"):

@@ -52,19 +52,19 @@ def estimate(config: PreTrainedConfig, recipe: Recipe, flops_per_second: float |
     layers, longest = config.num_hidden_layers, config.max_position_embeddings
     analyzed, healing = recipe.section(analyze.Config, "analyze"), recipe.section(heal.Config, "heal")
     windows = analyze.windows_of(analyzed, longest)
-    widest = [*windows, *(mixer.window for mixer in analyzed.mixers if mixer.window is not None)]
-    length, _ = heal.sequences(healing, longest, widest)  # if the plan has the widest, here and below
+    tried = looking.all_windows(analyzed, windows)
+    length, _ = heal.sequences(healing, longest, tried)  # if the plan has the widest, here and below
     healing = healing.model_copy(update={"length": length})
     evaluated, benched = recipe.section(evaluate.Config, "evaluate"), recipe.section(bench.Config, "bench")
     forward = 2 * (parameters - embedding + config.vocab_size * config.hidden_size)
     mixers = 1 + len(analyzed.mixers) + len(windows)
     suffixes = (layers + 1) / 2 * mixers + 6  # the cheap estimates take six passes
     looked_at = looking.tokens(analyzed, windows, longest)
-    scored = (evaluated.texts + len(PROBES) * evaluated.answers) * evaluate.lengths(evaluated, longest, widest)[0]
+    scored = (evaluated.texts + len(PROBES) * evaluated.answers) * evaluate.lengths(evaluated, longest, tried)[0]
     planned = recipe.section(plan.Config, "plan")
     searched = planned.planner in (None, "greedy")
     measuring = planned.measuring
-    stretched, _ = probe_lengths(sequence_length(measuring, longest), measuring.distance, widest, longest)
+    stretched, _ = probe_lengths(sequence_length(measuring, longest), measuring.distance, tried, longest)
     measured = (measuring.texts + len(PROBES) * measuring.answers) * stretched
     context = benched.context or min(longest, 1_024)
     work = {

@@ -182,8 +182,7 @@ def check_settings(config: PreTrainedConfig, recipe: Recipe) -> None:
     windows = analyze.windows_of(analyzing, context)
     looking.lengths(analyzing, windows, context)
     sequence_length(planning.measuring, context)
-    tried = [*windows, *(mixer.window for mixer in analyzing.mixers if mixer.window is not None)]
-    evaluate.lengths(evaluating, context, tried)
+    evaluate.lengths(evaluating, context, looking.all_windows(analyzing, windows))
     for reading in (analyzing, planning, healing, evaluating):  # what is not there, or is no text, is said
         open_corpus(reading.text)
     check_sources(healing.data or [])

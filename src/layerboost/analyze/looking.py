@@ -44,11 +44,12 @@ def lengths(config: "Config", windows: Sequence[int], context: int) -> tuple[int
         DataError: they do not fit the model, or a window reaches as far as a distance.
     """
     wanted = sequence_length(config, context)
-    found = [probe_lengths(wanted, distance, _all_windows(config, windows), context) for distance in _distances(config)]
+    found = [probe_lengths(wanted, distance, all_windows(config, windows), context) for distance in _distances(config)]
     return max(length for length, _ in found), [distance for _, distance in found]
 
 
-def _all_windows(config: "Config", windows: Sequence[int]) -> list[int]:
+def all_windows(config: "Config", windows: Sequence[int]) -> list[int]:
+    """Those that are tried: these, and those of further mixers."""
     return [*windows, *(mixer.window for mixer in config.mixers if mixer.window is not None)]
 
 
@@ -81,7 +82,7 @@ class Looking:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.corpus = open_corpus(config.text)
         self.context: int = model.config.max_position_embeddings
-        self.widest = max(_all_windows(config, windows), default=0)
+        self.widest = max(all_windows(config, windows), default=0)
         self.length, self.distances = lengths(config, windows, self.context)
         if self.length != (wanted := sequence_length(config, self.context)):
             say(f"probes are {self.length} tokens long instead of {wanted}, so that no window reaches their answers")

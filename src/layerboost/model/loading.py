@@ -400,14 +400,16 @@ def _keep_tokenizer(original: Path, folder: Path) -> None:
         wanted = load_tokenizer(original)
     except CheckpointError:  # whoever has no use for it may convert without
         return
-    if type(load_tokenizer(folder)) is not type(wanted):
+    found = load_tokenizer(folder)
+    if type(found) is not type(wanted):
         path = folder / "tokenizer_config.json"
         raw = read_json(path, CheckpointError) if path.exists() else {}
         write_text(path, json.dumps(raw | {"tokenizer_class": type(wanted).__name__}, indent=2, ensure_ascii=False))
-    if not same_tokens(wanted, load_tokenizer(folder)):
+        found = load_tokenizer(folder)
+    if not same_tokens(wanted, found):
         raise CheckpointError(
             f"{original}: its tokenizer, a {type(wanted).__name__}, gives other tokens beside a hybrid, where "
-            f"transformers opens a {type(load_tokenizer(folder)).__name__}; this model cannot be converted faithfully"
+            f"transformers opens a {type(found).__name__}; this model cannot be converted faithfully"
         )
 
 
